@@ -1,0 +1,76 @@
+# Thin calls of `alst`; no logic lives here. `make help` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Where pip finds torch; empty is pip's own configuration. On a machine without a GPU, the index of CPU wheels saves GBs.
+TORCH_INDEX ?=
+RECIPE ?= tiny
+PORT   ?= 5000
+RUNS   := $(or $(ALST_RUNS),runs)
+ARGS   ?=
+
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+LOCK := containers/versions.lock
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-million plan train test test-quick test-full lint mlflow clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+setup: $(VENV)/.ready ## make the environment in .venv
+
+demo: $(VENV)/.ready ## train on real text on this machine: the whole path, small
+	$(BIN)/alst train tiny $(ARGS)
+
+demo-million: $(VENV)/.ready ## one step on one sample of 1,048,576 tokens, on the CPU
+	$(BIN)/alst train tiny-million $(ARGS)
+
+plan: $(VENV)/.ready ## the derived numbers of RECIPE
+	$(BIN)/alst plan $(RECIPE) $(ARGS)
+
+train: $(VENV)/.ready ## train RECIPE on this machine
+	$(BIN)/alst train $(RECIPE) $(ARGS)
+
+mlflow: $(VENV)/.ready ## the runs in a browser, on http://127.0.0.1:$(PORT)
+	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+		--backend-store-uri sqlite:///$(RUNS)/mlflow.db --artifacts-destination $(RUNS)/mlartifacts
+
+test: $(VENV)/.ready-dev lint ## everything CI runs
+	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/.ready-dev lint ## the unit tests alone, in seconds
+	$(BIN)/python -m pytest tests/unit
+
+test-full: $(VENV)/.ready-dev lint ## also the long products
+	$(BIN)/python -m pytest -m "full or not full"
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+
+# Debian and Ubuntu ship Python without venv's pip: as root we install it, otherwise we say what to do.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed; call make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends python3-venv; } || \
+		{ echo "make: $(PYTHON) has no venv; run: sudo apt-get install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: an open range from another package would take the newest CUDA build. DeepSpeed builds against it.
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml $(LOCK)
+	$(PIP) install -q -c $(LOCK) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install -q -c $(LOCK) setuptools wheel ninja packaging py-cpuinfo psutil
+	DS_BUILD_OPS=0 $(PIP) install -q -c $(LOCK) --no-build-isolation deepspeed
+	$(PIP) install -q -c $(LOCK) --no-build-isolation -e '.[train]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) install -q -c $(LOCK) --no-build-isolation -e '.[train,dev]'
+	@touch $@

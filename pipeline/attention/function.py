@@ -1,0 +1,104 @@
+"""What Hugging Face models call for attention, registered as `alst`: exchange, kernel, exchange back.
+
+The layer's own forward stays stock. Which documents there are comes as a keyword through the model's forward; a
+mask is never built, so nothing of size T x T exists (ALST §3.4).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from pipeline.attention.kernels import AttentionKernel, Scoring
+from pipeline.attention.segments import Segments
+from pipeline.errors import RecipeError, RunError
+from pipeline.parallel.exchange import heads_to_sequence, sequence_to_heads
+from pipeline.parallel.mesh import Mesh
+
+NAME = "alst"
+"""In config._attn_implementation. It must not contain "sdpa": transformers would build masks for it."""
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What every layer's attention needs to know of the sample; passed to the model as `attention_context`."""
+
+    segments: Segments
+    mesh: Mesh
+    kernel: AttentionKernel
+
+
+def register() -> None:
+    """Make `alst` an attention implementation of transformers. Models choose it by name; the others are untouched."""
+    AttentionInterface.register(NAME, alst_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def alst_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    attention_context: AttentionContext | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """[1, H, S/sp, D] queries and [1, J, S/sp, D] keys and values -> [1, S/sp, H, D].
+
+    Raises RunError if the model dropped the context on the way or made a mask, RecipeError for attention dropout.
+    """
+    if attention_context is None:
+        raise RunError(f"{type(module).__name__} lost attention_context on its way; this model is not supported")
+    if attention_mask is not None:
+        raise RunError(f"{type(module).__name__} built an attention mask; this model is not supported")
+    if dropout:
+        raise RecipeError(f"attention dropout = {dropout}: must be 0; set model.config.attention_dropout=0.0")
+    context, mesh = attention_context, attention_context.mesh
+    q_SHD, k_SJD, v_SJD = (x[0].transpose(0, 1) for x in (query, key, value))
+    k_SJD, v_SJD = (_replicate_kv_heads(x, mesh.sp) for x in (k_SJD, v_SJD))
+    q_SHD, k_SJD, v_SJD = (sequence_to_heads(x, mesh) for x in (q_SHD, k_SJD, v_SJD))
+    scoring = Scoring(
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap
+    )
+    sinks = None if s_aux is None else s_aux.chunk(mesh.sp)[mesh.sp_rank]
+    out_SHD: torch.Tensor = _Attention.apply(q_SHD, k_SJD, v_SJD, sinks, context, scoring)
+    return heads_to_sequence(out_SHD, mesh)[None], None
+
+
+def _replicate_kv_heads(x_SJD: torch.Tensor, sp: int) -> torch.Tensor:
+    """[S/sp, J, D] -> [S/sp, max(J, sp), D]: with fewer KV heads than SP ranks, each goes to sp / J of them."""
+    kv_heads = x_SJD.shape[1]
+    return x_SJD.repeat_interleave(sp // kv_heads, dim=1) if kv_heads < sp else x_SJD
+
+
+class _Attention(torch.autograd.Function):
+    """The kernel's pair of calls as one differentiable function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        context: AttentionContext,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        out, lse = context.kernel.forward(q, k, v, sinks, context.segments, scoring)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.context, ctx.scoring = context, scoring
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        context = ctx.context
+        of = context.kernel.backward(grads[0], *ctx.saved_tensors, context.segments, ctx.scoring)
+        return of.dq, of.dk, of.dv, of.dsinks, None, None

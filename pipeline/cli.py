@@ -1,0 +1,141 @@
+"""The `alst` command. A subcommand's modules are imported when it runs, so that `--help` and planning need no torch."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline import __version__
+from pipeline.errors import AlstError
+
+if TYPE_CHECKING:
+    from pipeline.plan.job import JobPlan
+
+app = typer.Typer(
+    name="alst",
+    help="Train Hugging Face language models on sequences of millions of tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe: a path, or a name under configs/ (e.g. tiny).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides of the recipe, e.g. train.steps=50 memory.tiled_mlp=null")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print version and commit.")] = False,
+) -> None:
+    """Train Hugging Face language models on sequences of millions of tokens."""
+    if version:
+        from pipeline.launch.snapshot import commit
+
+        typer.echo(f"alst {__version__} ({commit()})")
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes, instead of hardware.nodes.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every derived number of a job: mesh, lengths, tiles, FLOPs. Needs no GPU and no torch."""
+    job = _plan(recipe, overrides, nodes=nodes)
+    if as_json:
+        typer.echo(json.dumps(job.to_json(), indent=2))
+        return
+    from pipeline.plan.table import print_plan
+
+    print_plan(job)
+
+
+@app.command()
+def pack(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(help="Folder of the packed data set.")],
+    overrides: Overrides = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokenize the recipe's sources and pack them into samples of data.seq_len tokens."""
+    from pipeline.data.console import console_progress
+    from pipeline.data.pack import pack as pack_documents
+
+    job = _plan(recipe, overrides)
+    with console_progress() as progress:
+        pack_documents(job.recipe, output, progress=progress)
+    inspect(output, as_json=as_json)
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="A packed data set.")], as_json: JsonOption = False) -> None:
+    """Look at a packed data set: lengths, fill, cuts, cost, checksums."""
+    from pipeline.data.inspect import describe, print_description
+
+    description = describe(directory)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+    else:
+        print_description(description)
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Pack what is not packed yet, and train on this machine. Everything lands in one run folder."""
+    from pipeline.launch.local import run_local
+    from pipeline.launch.snapshot import take_snapshot
+    from pipeline.plan.run_dir import create_run_dir
+
+    job = _plan(recipe, overrides)
+    run_dir = create_run_dir(job)
+    take_snapshot(run_dir)
+    typer.echo(f"run folder: {run_dir.path}")
+    run_local(job, run_dir)
+
+
+@app.command()
+def run(
+    plan_path: Annotated[Path, typer.Argument(metavar="PLAN.json", help="The plan in a run folder.")],
+    stage: Annotated[
+        Literal["pack", "train"],
+        typer.Option(help="`train` is one rank: RANK, WORLD_SIZE and MASTER_ADDR say which."),
+    ],
+) -> None:
+    """What a job runs: one stage of a plan, in this process."""
+    from pipeline.launch.entry import run_stage
+
+    run_stage(plan_path, stage)
+
+
+def _plan(recipe: str, overrides: list[str] | None, *, nodes: int | None = None) -> "JobPlan":
+    from pipeline.plan.job import plan_job
+    from pipeline.recipe.load import load
+
+    asked = list(overrides or [])
+    if nodes is not None:
+        asked.append(f"hardware.nodes={nodes}")
+    return plan_job(load(recipe, overrides=asked))
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code, never a traceback."""
+    try:
+        app()
+    except AlstError as error:
+        typer.echo(f"alst: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("alst: interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A Batch: what one rank trains on, its part of one sample. Labels are shifted and positions set; no rank asks another.
+
+Between packed data set and model in the data path.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.packed_dataset import PackedDataset, PackedSample
+from pipeline.parallel.shard import Shard, shard_of
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """An SP rank's shard of a sample. `local_seq_len` = seq_len / sp."""
+
+    input_ids: torch.Tensor
+    """int64 [1, local_seq_len]; zeros in the padding"""
+    labels: torch.Tensor
+    """int64 [1, local_seq_len]: the next token of the same document; IGNORE_INDEX at each document's last token and in
+    the padding"""
+    position_ids: torch.Tensor
+    """int64 [1, local_seq_len], from 0 in every document (with cross-document attention: in the sample); zeros in the
+    padding, so that no position is beyond the longest document"""
+    cu_seqlens: torch.Tensor
+    """int32 [num_documents + 1] on the CPU, of the whole sample: `[0, …, n_tokens]` (with cross-document attention
+    `[0, n_tokens]`)"""
+    n_tokens: int
+    """Of the whole sample, without padding."""
+    n_valid: int
+    """Labels of the whole sample that count."""
+    seq_len: int
+    """Of the whole sample, with padding."""
+    sample: int
+    """Index in the packed data set."""
+
+
+def batch_of(
+    dataset: PackedDataset,
+    sample: int,
+    *,
+    sp_rank: int = 0,
+    sp: int = 1,
+    cross_document_attention: bool = False,
+    length: int | None = None,
+) -> Batch:
+    """The shard of `sp_rank` of a sample, or of the sample's first `length` tokens; reads `[start, stop + 1)` only.
+
+    A document that `length` cuts keeps its first part, whose last token then predicts nothing. Raises ValueError if
+    `sp` does not divide the length, or the length is not within the sample.
+    """
+    seq_len = dataset.seq_len if length is None else length
+    if not 0 < seq_len <= dataset.seq_len:
+        raise ValueError(f"length {seq_len} is not within 1 and seq_len {dataset.seq_len}")
+    shard = shard_of(sp_rank, sp=sp, seq_len=seq_len)
+    boundaries = boundaries_within(dataset.sample(sample), length=seq_len)
+    tokens = dataset.read_tokens(sample, shard.start, min(shard.stop + 1, seq_len)).astype(np.int64)
+    n_tokens = int(boundaries[-1])
+    attended = boundaries[[0, -1]] if cross_document_attention else boundaries
+    return Batch(
+        input_ids=torch.from_numpy(tokens[: shard.tokens]).unsqueeze(0),
+        labels=torch.from_numpy(_labels(tokens, shard=shard, boundaries=boundaries)).unsqueeze(0),
+        position_ids=torch.from_numpy(_position_ids(shard=shard, boundaries=attended)).unsqueeze(0),
+        cu_seqlens=torch.from_numpy(attended.astype(np.int32)),
+        n_tokens=n_tokens,
+        n_valid=n_tokens - (len(boundaries) - 1),
+        seq_len=seq_len,
+        sample=sample,
+    )
+
+
+def boundaries_within(sample: PackedSample, *, length: int) -> NDArray[np.int64]:
+    """The boundaries of the sample's first `length` tokens, int64 [documents + 1]."""
+    last = min(sample.n_tokens, length)
+    inside = sample.cu_seqlens[sample.cu_seqlens < last].astype(np.int64)
+    return np.concatenate([inside, [last]])
+
+
+def _labels(tokens: NDArray[np.int64], *, shard: Shard, boundaries: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of `[start, stop + 1)`, or up to `stop` in the last shard -> labels of `[start, stop)`."""
+    labels = np.full(shard.tokens, IGNORE_INDEX, np.int64)
+    labels[: len(tokens) - 1] = tokens[1:]
+    last_tokens = boundaries[1:] - 1 - shard.start
+    labels[last_tokens[(last_tokens >= 0) & (last_tokens < shard.tokens)]] = IGNORE_INDEX
+    labels[max(0, int(boundaries[-1]) - shard.start) :] = IGNORE_INDEX
+    return labels
+
+
+def _position_ids(*, shard: Shard, boundaries: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of `[start, stop)`, counted from the boundary before each; zeros from the last boundary on."""
+    clipped = np.clip(boundaries, shard.start, shard.stop)
+    starts = np.repeat(boundaries[:-1], np.diff(clipped))
+    positions = np.zeros(shard.tokens, np.int64)
+    positions[: len(starts)] = np.arange(shard.start, shard.start + len(starts)) - starts
+    return positions

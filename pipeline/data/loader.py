@@ -1,0 +1,124 @@
+"""Which sample is trained on when, and by whom: an order that every rank computes alone, without a collective.
+
+Last stop of the data path before the model: packed data set -> StepBatch, whose micro-batches are Batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pipeline.data.batch import Batch, batch_of
+from pipeline.data.packed_dataset import PackedDataset
+from pipeline.data.packing import Ints, seeded_order
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a position of the training order falls."""
+
+    epoch: int
+    sample: int
+    """Index in the packed data set."""
+
+
+def place_at(position: int, *, samples: int, seed: int) -> Place:
+    """The `position`-th sample that training sees: every sample once per epoch, each epoch in an order of its own."""
+    epoch, row = divmod(position, samples)
+    return Place(epoch, int(_epoch_order(samples, seed, epoch)[row]))
+
+
+@lru_cache(maxsize=2)  # a step can span the border of two epochs
+def _epoch_order(samples: int, seed: int, epoch: int) -> Ints:
+    return seeded_order(samples, seed=seed, stream=epoch)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatches:
+    """This rank's batches of a step, read from disk when they are iterated over."""
+
+    dataset: PackedDataset
+    samples: tuple[int, ...]
+    """Of this DP replica, in order."""
+    sp_rank: int
+    sp: int
+    cross_document_attention: bool
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for sample in self.samples:
+            yield batch_of(
+                self.dataset,
+                sample,
+                sp_rank=self.sp_rank,
+                sp=self.sp,
+                cross_document_attention=self.cross_document_attention,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """An optimizer step: this rank's micro-batches, and counts over all DP replicas and micro-batches of the step."""
+
+    step: int
+    """From 0."""
+    epoch: int
+    """Of the step's first sample, from 0."""
+    micro_batches: MicroBatches
+    valid_tokens: int
+    """Labels that count."""
+    tokens: int
+    """Without padding."""
+    sum_len_squared: int
+    """Over what attends to itself: documents, or with cross-document attention samples."""
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLoader:
+    """The steps of a run as one rank sees them. A step takes dp × grad_accumulation samples, in the seeded order.
+
+    Micro-batch m of DP replica r takes the (m × dp + r)-th sample of its step. A step that needs more samples than
+    the epoch has left goes on with the next epoch.
+    """
+
+    dataset: PackedDataset
+    sp_rank: int
+    sp: int
+    dp_rank: int
+    dp: int
+    grad_accumulation: int
+    steps: int
+    seed: int
+    cross_document_attention: bool = False
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        for step in range(self.steps):
+            yield self.step(step)
+
+    def sample_at(self, position: int) -> Place:
+        """The sample at a position of the training order; a pure function of data set and seed."""
+        return place_at(position, samples=self.dataset.samples, seed=self.seed)
+
+    def step(self, step: int) -> StepBatch:
+        """Step number `step`, whichever was read before it."""
+        per_step = self.dp * self.grad_accumulation
+        places = [self.sample_at(step * per_step + offset) for offset in range(per_step)]
+        samples = tuple(place.sample for place in places)
+        known = [self.dataset.sample(sample) for sample in samples]
+        costs = [sample.n_tokens**2 if self.cross_document_attention else sample.cost for sample in known]
+        return StepBatch(
+            step=step,
+            epoch=places[0].epoch,
+            micro_batches=MicroBatches(
+                self.dataset, samples[self.dp_rank :: self.dp], self.sp_rank, self.sp, self.cross_document_attention
+            ),
+            valid_tokens=sum(sample.n_valid for sample in known),
+            tokens=sum(sample.n_tokens for sample in known),
+            sum_len_squared=sum(costs),
+            samples=samples,
+        )

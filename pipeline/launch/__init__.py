@@ -1,0 +1,1 @@
+"""How a plan gets to where it runs. Imports no torch; the only place that knows schedulers."""

@@ -1,0 +1,29 @@
+"""The code of a run, copied into its folder, with the commit it came from."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from pipeline.plan.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commit() -> str:
+    """`<hash>`, with `-dirty` when the working tree differs; `unknown` outside a checkout."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def take_snapshot(run_dir: RunDir) -> None:
+    """Copy the package and the configs to `code/`, and write commit.txt."""
+    run_dir.commit.write_text(commit() + "\n")
+    for name in ("pipeline", "configs"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, run_dir.code / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,0 +1,1 @@
+"""The model: stock transformers, found, built and looked into."""

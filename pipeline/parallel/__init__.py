@@ -1,0 +1,1 @@
+"""Who computes what: the mesh, the shard of a sequence, and the exchange between ranks."""

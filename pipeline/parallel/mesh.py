@@ -1,0 +1,42 @@
+"""The mesh: which rank shares a sequence with which, and which reads what.
+
+world_size = dp x sp. SP ranks are neighbours, so that the exchange stays inside a node wherever sp fits in one.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. `sp_group` is None when sp is 1, and nothing is exchanged."""
+
+    rank: int
+    world_size: int
+    sp: int
+    sp_group: dist.ProcessGroup | None
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // self.sp
+
+    @property
+    def sp_rank(self) -> int:
+        return self.rank % self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+
+def create_mesh(sp: int) -> Mesh:
+    """The mesh over the initialised process group. Collective: every rank calls it, in the same order."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own: dist.ProcessGroup | None = None
+    if sp > 1:
+        for first in range(0, world_size, sp):
+            group = dist.new_group(list(range(first, first + sp)))
+            if first <= rank < first + sp:
+                own = group
+    return Mesh(rank=rank, world_size=world_size, sp=sp, sp_group=own)

@@ -1,0 +1,1 @@
+"""What will run: every derived number, once. Pure functions; imports no torch."""

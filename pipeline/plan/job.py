@@ -1,0 +1,177 @@
+"""Recipe -> JobPlan: every derived number of a job, computed once, on any machine, and written to plan.json.
+
+What a rank needs to know about sizes it reads here; nothing is negotiated at run time.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RecipeError, UserError
+from pipeline.plan.flops import model_flops
+from pipeline.plan.model_shape import ModelShape, divisors, model_shape
+from pipeline.recipe.load import check
+from pipeline.recipe.schema import Recipe
+
+PLAN_VERSION = 1
+GIB = 2**30
+
+LOGITS_TILE_BYTES = 1 * GIB
+"""Of float32 logits in one tile: large enough for full matmuls, 2,048 tokens at a vocabulary of 128K (ALST §3.1)."""
+
+MLP_TILE_TOKENS = 16384
+"""Tiles of 16K to 32K tokens ran 3.2x faster than ALST's seq_len / hidden_size tiles; below 4K tiling only costs."""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What will run. `recipe` is the resolved recipe: its `auto` values are numbers here."""
+
+    recipe: Recipe
+    model: ModelShape
+    nodes: int
+    world_size: int
+    dp: int
+    sp: int
+    seq_len: int
+    local_seq_len: int
+    samples_per_step: int
+    tokens_per_step: int
+    loss_tile_tokens: int
+    """Tokens per tile of logits; local_seq_len when the feature is off."""
+    num_loss_tiles: int
+    mlp_tile_tokens: int
+    """Tokens per MLP tile; local_seq_len when the feature is off."""
+    num_mlp_tiles: int
+    model_flops_per_step: int
+    """At one document per sample, the most there can be; the job counts the documents it trains on."""
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("recipe", "model")}
+        return {
+            "plan_version": PLAN_VERSION,
+            "name": self.recipe.name,
+            **fields,
+            "model": {**asdict(self.model), "matmul_parameters": self.model.matmul_parameters},
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+    @property
+    def packing_key(self) -> str:
+        """Names the packed data set: equal for recipes that ask for the same bytes."""
+        data = self.recipe.data.model_dump(mode="json", exclude={"cross_document_attention"})
+        asked = json.dumps({"data": data, "vocab_size": self.model.vocab_size}, sort_keys=True)
+        return f"{self.seq_len}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+
+
+def plan_job(recipe: Recipe) -> JobPlan:
+    """Resolve a recipe into numbers. Raises RecipeError where its numbers do not go together."""
+    shape = model_shape(recipe.model)
+    hardware = recipe.hardware
+    world_size = hardware.nodes * hardware.gpus_per_node
+    sp = _resolve_sp(recipe, shape, world_size)
+    seq_len = recipe.data.seq_len
+    if seq_len % sp:
+        lower, upper = seq_len // sp * sp, ceil(seq_len / sp) * sp
+        raise RecipeError(
+            f"data.seq_len = {seq_len}: must be a multiple of parallel.sp = {sp}; use {lower or upper} or {upper}"
+        )
+    local_seq_len = seq_len // sp
+    loss_tile_tokens = _loss_tile_tokens(recipe, shape, local_seq_len)
+    mlp_tile_tokens = _mlp_tile_tokens(recipe, local_seq_len)
+    _check_self_check(recipe, sp)
+    dp = world_size // sp
+    samples_per_step = dp * recipe.train.micro_batch * recipe.train.grad_accumulation
+    tokens_per_step = samples_per_step * seq_len
+    return JobPlan(
+        recipe=_resolved(recipe, sp, loss_tile_tokens, mlp_tile_tokens),
+        model=shape,
+        nodes=hardware.nodes,
+        world_size=world_size,
+        dp=dp,
+        sp=sp,
+        seq_len=seq_len,
+        local_seq_len=local_seq_len,
+        samples_per_step=samples_per_step,
+        tokens_per_step=tokens_per_step,
+        loss_tile_tokens=loss_tile_tokens,
+        num_loss_tiles=ceil(local_seq_len / loss_tile_tokens),
+        mlp_tile_tokens=mlp_tile_tokens,
+        num_mlp_tiles=ceil(local_seq_len / mlp_tile_tokens),
+        model_flops_per_step=model_flops(shape, tokens=tokens_per_step, sum_len_squared=samples_per_step * seq_len**2),
+    )
+
+
+def read_plan(path: Path) -> JobPlan:
+    """The plan in a plan.json. Raises UserError if it is missing, damaged, or of another version."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a plan ({error}); make one with `alst plan RECIPE --json`") from None
+    version = raw.get("plan_version") if isinstance(raw, dict) else None
+    if version != PLAN_VERSION:
+        raise UserError(f"{path}: plan_version {version!r}, this code reads {PLAN_VERSION}; plan the recipe again")
+    return plan_job(check(raw["recipe"]))
+
+
+def _resolve_sp(recipe: Recipe, shape: ModelShape, world_size: int) -> int:
+    """The SP degree: as asked, if heads and world allow it; `auto` is the largest that both allow."""
+    heads = shape.num_query_heads
+    fitting = [d for d in divisors(heads) if world_size % d == 0 and _kv_heads_split(shape, d)]
+    asked = recipe.parallel.sp
+    if asked == "auto":
+        return fitting[-1]
+    if heads % asked or not _kv_heads_split(shape, asked):
+        raise RecipeError(
+            f"parallel.sp = {asked}: must divide num_attention_heads = {heads}, and divide or be a multiple of "
+            f"num_key_value_heads = {shape.num_kv_heads}; use one of {fitting}"
+        )
+    if world_size % asked:
+        raise RecipeError(
+            f"parallel.sp = {asked}: must divide the {world_size} ranks of hardware.nodes x gpus_per_node; "
+            f"use one of {fitting}"
+        )
+    return asked
+
+
+def _kv_heads_split(shape: ModelShape, sp: int) -> bool:
+    """Whether KV heads can be dealt out or replicated evenly over sp ranks."""
+    return shape.num_kv_heads % sp == 0 or sp % shape.num_kv_heads == 0
+
+
+def _loss_tile_tokens(recipe: Recipe, shape: ModelShape, local_seq_len: int) -> int:
+    feature = recipe.memory.tiled_loss
+    if feature is None:
+        return local_seq_len
+    automatic = max(1, LOGITS_TILE_BYTES // (4 * shape.vocab_size))
+    return min(automatic if feature.tile_tokens == "auto" else feature.tile_tokens, local_seq_len)
+
+
+def _mlp_tile_tokens(recipe: Recipe, local_seq_len: int) -> int:
+    feature = recipe.memory.tiled_mlp
+    if feature is None:
+        return local_seq_len
+    return min(MLP_TILE_TOKENS if feature.tile_tokens == "auto" else feature.tile_tokens, local_seq_len)
+
+
+def _check_self_check(recipe: Recipe, sp: int) -> None:
+    check_recipe = recipe.train.self_check
+    if check_recipe is not None and min(check_recipe.tokens, recipe.data.seq_len) % sp:
+        raise RecipeError(
+            f"train.self_check.tokens = {check_recipe.tokens}: must be a multiple of sp = {sp}; "
+            f"use {ceil(check_recipe.tokens / sp) * sp}"
+        )
+
+
+def _resolved(recipe: Recipe, sp: int, loss_tile_tokens: int, mlp_tile_tokens: int) -> Recipe:
+    """The recipe with every `auto` written as a number."""
+    raw = recipe.model_dump(mode="json")
+    raw["parallel"]["sp"] = sp
+    if raw["memory"]["tiled_loss"]:
+        raw["memory"]["tiled_loss"]["tile_tokens"] = loss_tile_tokens
+    if raw["memory"]["tiled_mlp"]:
+        raw["memory"]["tiled_mlp"]["tile_tokens"] = mlp_tile_tokens
+    return check(raw)

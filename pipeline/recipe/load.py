@@ -1,0 +1,261 @@
+"""A recipe's file, its chain of bases and the overrides become one checked `Recipe`. Nothing is downloaded or started.
+
+recipe = load("tiny", overrides=["train.steps=50"])
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import RecipeError
+from pipeline.recipe.schema import Recipe
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def load(recipe: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read `recipe` (a path, or a name under configs/), merge its bases, apply `a.b=c` overrides, check everything.
+
+    Raises RecipeError naming each bad value, the rule and the remedy; several at once where there are several.
+    """
+    raw = read_chain(find(recipe))
+    for override in overrides:
+        apply_override(raw, override)
+    return check(raw)
+
+
+def find(recipe: str | Path) -> Path:
+    """The recipe's file: the path as given, or `<name>.yaml` under configs/."""
+    given = Path(recipe)
+    for candidate in (given, CONFIGS / given, CONFIGS / f"{given}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = (
+        sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")) if CONFIGS.exists() else []
+    )
+    near = difflib.get_close_matches(str(recipe), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise RecipeError(
+        f"recipe {str(recipe)!r}: no such file, nor a name under configs/; {hint}"
+        f"Give a path, or one of: {', '.join(names) or 'none there'}"
+    )
+
+
+def check(raw: Mapping[str, Any]) -> Recipe:
+    """Validate a merged recipe. Raises RecipeError with one line per finding."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_findings(error, raw))) from None
+
+
+def read_chain(path: Path, *, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe at `path` merged over its `base:`, that over its own, and so on. Maps merge, lists replace."""
+    path = path.resolve()
+    if path in below:
+        chain = " -> ".join(p.name for p in (*below, path))
+        raise RecipeError(f"base: {chain} is a cycle; remove the `base:` of one of them")
+    raw = read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise RecipeError(f"{path.name}: base = {base!r}: must be the path of one recipe; write `base: base.yaml`")
+    base_path = path.parent / base
+    if not base_path.is_file():
+        raise RecipeError(f"{path.name}: base = {base!r}: no such file beside the recipe; correct the path")
+    return _merge(read_chain(base_path, below=(*below, path)), raw)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The map in a YAML file. Raises RecipeError if it is missing, unreadable, not UTF-8, not YAML, or not a map."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; give a recipe that can be read") from None
+    try:
+        raw = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        raise RecipeError(f"{path}: {where}: {error.problem}; correct the YAML there") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {error}; correct the YAML") from None
+    if raw is None:
+        raise RecipeError(f"{path}: the file is empty; a recipe needs at least `base: base.yaml` and `name:`")
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: the top level is a {type(raw).__name__}, not a map; write `key: value` lines")
+    return raw
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one value in place: `train.steps=50`, `data.sources.0.path=corpus/`, `memory.tiled_mlp=null`."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: must be key=value with a dotted key; write e.g. train.steps=50")
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value; quote it for the shell") from None
+    node: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        node = _child(node, key, ".".join(keys[: depth + 1]), override)
+    last: str | int = _index(node, keys[-1], override) if isinstance(node, list) else keys[-1]
+    below = node.get(last) if isinstance(node, dict) else node[last]
+    node[last] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+
+
+def _child(node: Any, key: str, dotted: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    if node.get(key) is None:
+        node[key] = {}
+    child = node[key]
+    if not isinstance(child, dict | list):
+        raise RecipeError(f"override {override!r}: {dotted} is {child!r}, not a section; set {dotted} itself")
+    return child
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise RecipeError(f"override {override!r}: {key!r} is no place in a list of {len(node)}; count from 0")
+    return int(key)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+_YAML_1_1 = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp")}
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans (`1e-5` is a float, `off` is a word), and no key twice in one map."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is not a word", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _findings(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
+    """One line per bad value: `train.step: ...; did you mean 'steps'?`. Branches of a union share a line."""
+    by_key: dict[str, list[str]] = {}
+    for finding in error.errors():
+        names_a_key = finding["type"] in ("extra_forbidden", "missing")
+        path, value = _locate(finding["loc"], raw, names_a_key=names_a_key)
+        dotted = ".".join(str(part) for part in path) or "the recipe"
+        match finding["type"]:
+            case "extra_forbidden":
+                line = f"is not a key here; {_nearest(path)}"
+            case "missing":
+                line = "is missing; add it to the recipe"
+            case "value_error":
+                line = str(finding["ctx"]["error"])
+            case _:
+                line = f"= {_short(value)}: {_rule(finding['msg'])}"
+        lines = by_key.setdefault(dotted, [])
+        if line not in lines:
+            lines.append(line)
+    # A section is not also "too short" because of a finding inside it.
+    leaves = [key for key in by_key if not any(other.startswith(f"{key}.") for other in by_key)]
+    return [_one_line(key, by_key[key]) for key in leaves]
+
+
+def _one_line(dotted: str, lines: list[str]) -> str:
+    first, *others = lines
+    rules = [first, *(other.partition(": ")[2] or other for other in others)]
+    line = f"{dotted} " + " or ".join(rules)
+    return line if ";" in line else f"{line}; correct {dotted}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _rule(message: str) -> str:
+    """Pydantic's message as a rule: `Input should be greater than 0` -> `must be greater than 0`."""
+    if message.startswith("Input should be a valid dictionary"):
+        return "must be a section of `key: value` lines"
+    return message.replace("Input should be", "must be").replace("Value error, ", "")
+
+
+def _locate(loc: tuple[int | str, ...], raw: Any, *, names_a_key: bool) -> tuple[list[int | str], Any]:
+    """The path of a finding in the user's own file (union branches left out), and the value there."""
+    path: list[int | str] = []
+    node = raw
+    for depth, part in enumerate(loc):
+        inside = (isinstance(node, Mapping) and part in node) or (
+            isinstance(node, list | tuple) and isinstance(part, int)
+        )
+        if inside:
+            node = node[part]
+            path.append(part)
+        elif names_a_key and depth == len(loc) - 1:
+            return [*path, part], None
+    return path, node
+
+
+def _nearest(path: Sequence[int | str]) -> str:
+    """What may stand where the last part of `path` stands."""
+    fields = _fields_at(path[:-1])
+    if path[-1] in fields:
+        return "it does not go with the `type` of its section; remove it"
+    near = difflib.get_close_matches(str(path[-1]), fields, n=1)
+    return (
+        f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(fields))}" if fields else "remove it"
+    )
+
+
+def _fields_at(path: Sequence[int | str]) -> list[str]:
+    models: list[Any] = [Recipe]
+    for part in path:
+        below: list[Any] = []
+        for model in models:
+            if isinstance(part, int):
+                below.append(model)
+            elif part in model.model_fields:
+                below.extend(_models_in(model.model_fields[part].annotation))
+        models = below
+    return [name for model in models for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]

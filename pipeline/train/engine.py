@@ -1,0 +1,84 @@
+"""The only place that starts DeepSpeed.
+
+DeepSpeed is told nothing of sequence parallelism: it sees world_size data-parallel ranks. ZeRO then partitions over
+all of them, and every stage divides gradients by world_size, which `loss_scale` undoes, alone.
+"""
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.memory.apply import Attached
+from pipeline.plan.job import JobPlan
+from pipeline.recipe.schema import Gpu, OptimizerRecipe
+
+
+def init_distributed(plan: JobPlan) -> None:
+    """Start the process group of this rank, from torch's environment variables."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if plan.recipe.hardware.gpu is Gpu.CPU:
+        # An all-reduce for inference on one host, which training never calls: without it no compiler is needed, and
+        # the first start is not a minute longer. The table is DeepSpeed's own record of which operators can be built.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if plan.recipe.hardware.gpu is Gpu.CPU else "nccl")
+
+
+def create_engine(model: PreTrainedModel, plan: JobPlan, attached: Attached) -> Any:
+    """The DeepSpeed engine around a model with its features attached."""
+    if plan.recipe.zero.stage == 3 and attached.gathered_whole:
+        deepspeed.utils.set_z3_leaf_modules(model, list(attached.gathered_whole))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=create_optimizer(model, plan), config=deepspeed_config(plan)
+    )
+    return engine
+
+
+def loss_scale(plan: JobPlan, valid_tokens: int) -> float:
+    """The factor on a rank's loss sum that makes the step's gradient that of the mean over `valid_tokens`.
+
+    `valid_tokens` are all labels that count in the step, over every rank and micro-batch: known from the data.
+    DeepSpeed averages gradients over world_size ranks and divides by the accumulation steps; both are undone here and
+    nowhere else.
+    """
+    return plan.world_size * plan.recipe.train.grad_accumulation / max(valid_tokens, 1)
+
+
+def create_optimizer(model: PreTrainedModel, plan: JobPlan) -> torch.optim.Optimizer:
+    """As the recipe asks; AdamW runs on the host, in DeepSpeed's own kernel, if its states are offloaded."""
+    recipe: OptimizerRecipe = plan.recipe.optimizer
+    parameters = model.parameters()
+    if recipe.name == "sgd":
+        return torch.optim.SGD(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    options: dict[str, Any] = {
+        "lr": recipe.lr,
+        "betas": recipe.betas,
+        "eps": recipe.eps,
+        "weight_decay": recipe.weight_decay,
+    }
+    if plan.recipe.zero.offload_optimizer == "cpu":
+        on_host: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+        return on_host
+    return torch.optim.AdamW(parameters, **options)
+
+
+def deepspeed_config(plan: JobPlan) -> dict[str, Any]:
+    """The plan in DeepSpeed's words."""
+    recipe = plan.recipe
+    zero: dict[str, Any] = {"stage": recipe.zero.stage}
+    if recipe.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": recipe.zero.offload_optimizer, "pin_memory": True}
+    if recipe.zero.offload_parameters:
+        zero["offload_param"] = {"device": recipe.zero.offload_parameters, "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch,
+        "gradient_accumulation_steps": recipe.train.grad_accumulation,
+        "gradient_clipping": recipe.train.grad_clip or 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }

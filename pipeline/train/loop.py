@@ -1,0 +1,74 @@
+"""The loop: step after step, each recorded."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pipeline.data.loader import StepBatch
+from pipeline.memory.apply import Attached
+from pipeline.metrics.console import ProgressLine
+from pipeline.metrics.meter import StepRecord, StepTimer, step_record
+from pipeline.metrics.tracker import Tracker
+from pipeline.plan.flops import PEAK_FLOPS, model_flops
+from pipeline.train.schedule import learning_rate
+from pipeline.train.step import StepResult, Trainee, run_step
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Where a step is told: idle on ranks other than 0."""
+
+    tracker: Tracker
+    progress: ProgressLine | None
+
+
+def train(trainee: Trainee, batches: Iterable[StepBatch], attached: Attached, reporting: Reporting) -> tuple[int, ...]:
+    """Run every step of `batches`. Returns each rank's peak host memory in bytes."""
+    timer = StepTimer(synchronize=_synchronize(trainee))
+    peaks: tuple[int, ...] = ()
+    iterator = iter(batches)
+    while True:
+        with timer.phase("data"):
+            batch = next(iterator, None)
+            micro_batches = () if batch is None else tuple(batch.micro_batches)
+        if batch is None:
+            return peaks
+        rate = learning_rate(trainee.plan.recipe, batch.step + 1)
+        result = run_step(trainee, micro_batches, valid_tokens=batch.valid_tokens, learning_rate=rate, timer=timer)
+        peaks = result.peak_host_rss_bytes
+        record = _record(trainee, batch, result, timer, rate, attached)
+        reporting.tracker.log_step(record)
+        if reporting.progress is not None:
+            reporting.progress.step(record)
+
+
+def _record(
+    trainee: Trainee, batch: StepBatch, result: StepResult, timer: StepTimer, rate: float, attached: Attached
+) -> StepRecord:
+    plan = trainee.plan
+    return step_record(
+        step=batch.step + 1,
+        epoch=batch.epoch,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=rate,
+        tokens=batch.tokens,
+        valid_tokens=batch.valid_tokens,
+        sum_len_squared=batch.sum_len_squared,
+        times=timer.end_step(),
+        ranks=plan.world_size,
+        model_flops=model_flops(plan.model, tokens=batch.tokens, sum_len_squared=batch.sum_len_squared),
+        peak_flops_per_rank=PEAK_FLOPS.get(plan.recipe.hardware.gpu),
+        peak_device_bytes=result.peak_device_bytes,
+        peak_host_rss_bytes=max(result.peak_host_rss_bytes),
+        offloaded_bytes=0 if attached.store is None else attached.store.peak_bytes,
+        eta_seconds=timer.eta_seconds(plan.recipe.train.steps - batch.step - 1),
+    )
+
+
+def _synchronize(trainee: Trainee) -> Callable[[], None] | None:
+    """On a GPU a phase ends when its kernels do."""
+    if trainee.device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.synchronize

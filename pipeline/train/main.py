@@ -1,0 +1,163 @@
+"""The train job, as its own table of contents: mesh, data, model, engine, tracker, check, train.
+
+Runs in every rank; started by `launch.local` or by a job, through `launch.entry`.
+"""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.attention.function import NAME as ALST_ATTENTION
+from pipeline.attention.function import register
+from pipeline.attention.kernels import choose_kernel
+from pipeline.data.batch import batch_of
+from pipeline.data.loader import PackedLoader
+from pipeline.data.packed_dataset import PackedDataset
+from pipeline.memory.apply import attach_features
+from pipeline.metrics.console import ProgressLine, gib
+from pipeline.metrics.plots import plot_training
+from pipeline.metrics.summary import print_summary, summarize
+from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
+from pipeline.model.build import build_model
+from pipeline.parallel.mesh import Mesh, create_mesh
+from pipeline.plan.job import JobPlan
+from pipeline.plan.run_dir import RunDir, packed_dir, runs_root
+from pipeline.recipe.schema import Gpu
+from pipeline.train.engine import create_engine, init_distributed
+from pipeline.train.loop import Reporting, train
+from pipeline.train.self_check import self_check
+from pipeline.train.step import Trainee
+
+
+def run(plan: JobPlan, run_dir: RunDir) -> None:
+    """Train as planned. Collective over the ranks of torch's environment variables."""
+    dataset = PackedDataset.open(packed_dir(plan))
+    device = _device(plan)
+    kernel = choose_kernel(plan.recipe.model.attention, device=device)
+    init_distributed(plan)
+    mesh = create_mesh(plan.sp)
+    register()
+    model = build_model(plan.recipe.model, attention=ALST_ATTENTION, seed=plan.recipe.train.seed)
+    attached = attach_features(model, plan)
+    trainee = Trainee(create_engine(model, plan, attached), plan, mesh, kernel, device)
+    loader = _loader(plan, mesh, dataset)
+    _say(mesh, f"attention: {kernel.name}, mesh: dp={mesh.dp} x sp={mesh.sp}, {plan.local_seq_len:,} tokens per rank")
+    _say(mesh, _first_sample(dataset, loader))
+    _check(trainee, dataset, loader)
+    tracker = _tracker(plan, run_dir, mesh)
+    status: RunStatus = "FAILED"
+    try:
+        with ProgressLine(plan.recipe.train.steps) as progress:
+            reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
+            peaks = train(trainee, loader, attached, reporting)
+        status = "FINISHED"
+    finally:
+        _plot(run_dir, tracker, mesh)
+        tracker.finish(status)
+    _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in enumerate(peaks)))
+    if mesh.rank == 0:
+        _summary(plan, run_dir, dataset)
+
+
+def _device(plan: JobPlan) -> torch.device:
+    if plan.recipe.hardware.gpu is Gpu.CPU:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset) -> PackedLoader:
+    recipe = plan.recipe
+    return PackedLoader(
+        dataset,
+        sp_rank=mesh.sp_rank,
+        sp=mesh.sp,
+        dp_rank=mesh.dp_rank,
+        dp=mesh.dp,
+        grad_accumulation=recipe.train.grad_accumulation,
+        steps=recipe.train.steps,
+        seed=recipe.data.seed,
+        cross_document_attention=recipe.data.cross_document_attention,
+    )
+
+
+def _first_sample(dataset: PackedDataset, loader: PackedLoader) -> str:
+    sample = dataset.sample(loader.sample_at(0).sample)
+    documents = len(sample.cu_seqlens) - 1
+    return (
+        f"first sample: {sample.n_tokens:,} tokens in {documents:,} documents, sum of len² {sample.cost:.3e} "
+        f"(one document of this length: {float(sample.n_tokens) ** 2:.3e})"
+    )
+
+
+def _check(trainee: Trainee, dataset: PackedDataset, loader: PackedLoader) -> None:
+    """Run the self-check, if the recipe has one, on the first tokens of the first sample."""
+    recipe = trainee.plan.recipe
+    if recipe.train.self_check is None:
+        _say(trainee.mesh, "self-check: off (train.self_check is null)")
+        return
+    length = min(recipe.train.self_check.tokens, trainee.plan.seq_len)
+    first = loader.sample_at(0).sample
+    shard = batch_of(dataset, first, sp_rank=trainee.mesh.sp_rank, sp=trainee.mesh.sp, length=length)
+    whole = batch_of(dataset, first, sp_rank=0, sp=1, length=length)
+    check = self_check(trainee, shard=shard, whole=whole)
+    _say(
+        trainee.mesh,
+        f"self-check on {length:,} tokens: loss {check.loss:.6f} at sp={trainee.mesh.sp}, "
+        f"{check.stock_loss:.6f} at sp=1 (stock); gradient norm {check.grad_norm:.6f} and "
+        f"{check.stock_grad_norm:.6f}: equal within {check.difference:.0e}",
+    )
+
+
+def _tracker(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> Tracker:
+    """metrics.jsonl and MLflow on rank 0."""
+    tracking = plan.recipe.tracking
+    tracker = open_tracker(
+        run_dir.path,
+        experiment=tracking.experiment or plan.recipe.name,
+        uri=tracking.uri,
+        enabled=tracking.mlflow,
+        rank=mesh.rank,
+        runs=runs_root(),
+    )
+    tags = {"commit": run_dir.commit.read_text().strip() if run_dir.commit.exists() else "unknown"}
+    artifacts = [path for path in (run_dir.recipe, run_dir.plan) if path.exists()]
+    tracker.log_start(plan.to_json(), tags, artifacts)
+    return tracker
+
+
+def _plot(run_dir: RunDir, tracker: Tracker, mesh: Mesh) -> None:
+    """The plot of what was recorded, also of a run that failed."""
+    if mesh.rank == 0 and _has_rows(run_dir.metrics):
+        plot_training(run_dir.metrics, run_dir.plot, title=run_dir.path.name)
+        tracker.log_artifact(run_dir.plot)
+
+
+def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
+    """The last words: what was trained, where everything lies, what to try next."""
+    manifest = dataset.manifest
+    paths = {"run folder": run_dir.path, "packed data": packed_dir(plan), "plot": run_dir.plot}
+    if plan.recipe.tracking.mlflow:
+        paths["MLflow"] = runs_root() / "mlflow.db"
+    print_summary(
+        summarize(
+            run_dir.path,
+            samples=manifest.samples,
+            fill_fraction=1.0 - manifest.unfilled_fraction,
+            paths=paths,
+            next_steps=(
+                "make mlflow                       the run in a browser",
+                "alst inspect PACKED_DATA          what the samples are made of",
+                "alst train tiny train.steps=100   any key of a recipe can be overridden",
+                "make demo-million                 one step on one sample of 1,048,576 tokens",
+            ),
+        )
+    )
+
+
+def _has_rows(metrics: Path) -> bool:
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
+def _say(mesh: Mesh, text: str) -> None:
+    if mesh.rank == 0:
+        print(text, flush=True)

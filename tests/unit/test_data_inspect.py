@@ -1,0 +1,54 @@
+"""Inspection: the numbers are those of the data set, and damage shows."""
+
+import json
+from pathlib import Path
+
+import pytest
+from data_support import packed
+from rich.console import Console
+
+from pipeline.data.inspect import describe, print_description
+from pipeline.errors import DataError
+
+LENGTHS = [5, 30, 1, 12, 7, 16, 33, 2, 9, 4]
+
+
+def test_the_description_counts_what_was_packed_and_is_json(tmp_path: Path) -> None:
+    dataset = packed(tmp_path, LENGTHS, seq_len=16)
+    found = json.loads(json.dumps(describe(dataset.folder)))
+    total = sum(LENGTHS)
+    assert found["documents"] == found["texts"] == 10
+    assert found["tokens"] == found["tokens_in"] == total
+    assert found["tokens_dropped"] == 0
+    assert found["documents_cut"] == 2
+    assert found["unfilled_fraction"] == pytest.approx(1 - total / (found["samples"] * 16))
+    assert found["loss_fraction"] == pytest.approx((total - 13) / total)  # 30 is 2 pieces, 33 is 3
+    assert [found[f"document_tokens_{what}"] for what in ("min", "mean", "median", "max")] == [1, 11.9, 8.0, 33]
+    assert found["checksums_ok"] is True
+    assert describe(dataset.folder, verify=False)["checksums_ok"] is None
+
+
+def test_damage_shows_in_the_description_and_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = packed(tmp_path, LENGTHS, seq_len=16)
+    part = dataset.folder / dataset.manifest.parts[0].name
+    data = bytearray(part.read_bytes())
+    data[int(dataset.index.payload_offset[2])] ^= 1
+    part.write_bytes(data)
+    found = describe(dataset.folder)
+    assert (found["checksums_ok"], found["damaged_samples"]) == (False, [2])
+    print_description(found, console=Console(width=120))
+    assert "WRONG in samples [2]" in capsys.readouterr().out
+
+
+def test_the_table_shows_samples_fill_and_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = packed(tmp_path, LENGTHS, seq_len=16)
+    print_description(describe(dataset.folder), console=Console(width=120))
+    out = capsys.readouterr().out
+    assert f"{dataset.samples} of 16 tokens" in out
+    assert "119 of 119 read; 0 dropped" in out
+    assert "all right" in out
+
+
+def test_describing_a_folder_that_is_no_data_set_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not a packed data set"):
+        describe(tmp_path)
