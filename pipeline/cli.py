@@ -90,11 +90,12 @@ def inspect(directory: Annotated[Path, typer.Argument(help="A packed data set.")
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Pack what is not packed yet, and train on this machine. Everything lands in one run folder."""
-    from pipeline.launch.local import run_local
+    from pipeline.launch.local import check_one_node, run_local
     from pipeline.launch.snapshot import take_snapshot
     from pipeline.plan.run_dir import create_run_dir
 
     job = _plan(recipe, overrides)
+    check_one_node(job)
     run_dir = create_run_dir(job)
     take_snapshot(run_dir)
     typer.echo(f"run folder: {run_dir.path}")

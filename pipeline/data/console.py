@@ -54,12 +54,13 @@ class _LogLines:
 
     def __init__(self) -> None:
         self._stage = ""
-        self._began = self._last = 0.0
+        # A stage begins where the one before it last reported: its own first report is already work done.
+        self._began = self._last = time.monotonic()
 
     def __call__(self, progress: PackProgress) -> None:
         now = time.monotonic()
         if progress.stage != self._stage:
-            self._stage, self._began, self._last = progress.stage, now, now
+            self._stage, self._began = progress.stage, self._last
         done = progress.bytes_done >= progress.bytes_total
         if not done and now - self._last < LOG_SECONDS:
             return

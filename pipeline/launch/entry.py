@@ -33,9 +33,6 @@ def _train(plan_path: Path) -> NoReturn:
     code = 0
     try:
         run(read_plan(plan_path), RunDir(plan_path.resolve().parent))
-        import torch.distributed as dist
-
-        dist.barrier()
     except AlstError as error:
         print(f"alst: {error}", file=sys.stderr)
         code = error.exit_code

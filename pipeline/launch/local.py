@@ -33,12 +33,17 @@ class _Rank:
 
 def run_local(plan: JobPlan, run_dir: RunDir) -> None:
     """Pack what is not packed yet, then train. Raises UserError or RunError naming the first rank that failed."""
+    check_one_node(plan)
+    run_ranks(plan, run_dir, stage="pack", ranks=1)
+    run_ranks(plan, run_dir, stage="train", ranks=plan.world_size)
+
+
+def check_one_node(plan: JobPlan) -> None:
+    """Raises UserError if the plan is for more than this machine."""
     if plan.nodes != 1:
         raise UserError(
             f"hardware.nodes = {plan.nodes}: this machine is one node; set hardware.nodes=1, or submit to a cluster"
         )
-    run_ranks(plan, run_dir, stage="pack", ranks=1)
-    run_ranks(plan, run_dir, stage="train", ranks=plan.world_size)
 
 
 def run_ranks(plan: JobPlan, run_dir: RunDir, *, stage: Stage, ranks: int) -> None:
@@ -58,6 +63,7 @@ def run_ranks(plan: JobPlan, run_dir: RunDir, *, stage: Stage, ranks: int) -> No
 def _started(run_dir: RunDir, stage: Stage, ranks: int, shared: dict[str, str], logs: Path) -> Iterator[list[_Rank]]:
     """The ranks' processes; whatever happens, none is left when the block ends."""
     command = [sys.executable, "-m", "pipeline.cli", "run", str(run_dir.plan), "--stage", stage]
+    before = signal.signal(signal.SIGTERM, _leave)
     started: list[_Rank] = []
     copiers: list[threading.Thread] = []
     try:
@@ -73,9 +79,16 @@ def _started(run_dir: RunDir, stage: Stage, ranks: int, shared: dict[str, str], 
             started.append(_Rank(number, process, log))
         yield started
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut this short
         _end(started)
         for copier in copiers:
             copier.join(timeout=GRACE_SECONDS)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, _: object) -> None:
+    """SIGTERM's default would end this process at once and leave the ranks."""
+    raise SystemExit(128 + number)
 
 
 def _copy_to_console(pipe: IO[bytes] | None, log: Path) -> threading.Thread:
@@ -96,12 +109,15 @@ def _copy_to_console(pipe: IO[bytes] | None, log: Path) -> threading.Thread:
 
 
 def _first_to_fail(ranks: list[_Rank]) -> _Rank | None:
-    """Wait for all to end well (None), or for the first that does not."""
+    """Wait for all to end well (None), or for the first that does not.
+
+    A rank ended by a signal comes first: that the others lost their connection to it is what follows.
+    """
     while True:
         codes = [rank.process.poll() for rank in ranks]
-        for rank, code in zip(ranks, codes, strict=True):
-            if code not in (None, 0):
-                return rank
+        failed = [(code, rank) for rank, code in zip(ranks, codes, strict=True) if code not in (None, 0)]
+        if failed:
+            return next((rank for code, rank in failed if code < 0), failed[0][1])
         if all(code == 0 for code in codes):
             return None
         time.sleep(POLL_SECONDS)
@@ -125,11 +141,16 @@ def _raise(failed: _Rank, stage: Stage) -> None:
     code = failed.process.returncode
     if code == UserError.exit_code and failed.number == 0:
         raise UserError(f"{stage} stopped; the reason is above, and in {failed.log}")
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     tail = failed.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     text = "\n".join(f"  | {line}" for line in tail)
     message = f"{stage}: rank {failed.number} {how}; the other ranks were ended. End of {failed.log}:\n{text}"
     raise UserError(message) if code == UserError.exit_code else RunError(message)
+
+
+def _signal_name(number: int) -> str:
+    """`SIGKILL`; `signal 36` for one without a name."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _free_port() -> int:

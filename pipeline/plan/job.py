@@ -5,7 +5,7 @@ What a rank needs to know about sizes it reads here; nothing is negotiated at ru
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,11 @@ class JobPlan:
     """At one document per sample, the most there can be; the job counts the documents it trains on."""
 
     def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("recipe", "model")}
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "model")}
         return {
             "plan_version": PLAN_VERSION,
             "name": self.recipe.name,
-            **fields,
+            **numbers,
             "model": {**asdict(self.model), "matmul_parameters": self.model.matmul_parameters},
             "recipe": self.recipe.model_dump(mode="json"),
         }
@@ -67,9 +67,12 @@ class JobPlan:
         return f"{self.seq_len}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
 
-def plan_job(recipe: Recipe) -> JobPlan:
-    """Resolve a recipe into numbers. Raises RecipeError where its numbers do not go together."""
-    shape = model_shape(recipe.model)
+def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
+    """Resolve a recipe into numbers. Raises RecipeError where its numbers do not go together.
+
+    `shape` is the model's when it is known already: a compute node may not hold the model's config.json.
+    """
+    shape = shape or model_shape(recipe.model)
     hardware = recipe.hardware
     world_size = hardware.nodes * hardware.gpus_per_node
     sp = _resolve_sp(recipe, shape, world_size)
@@ -114,7 +117,22 @@ def read_plan(path: Path) -> JobPlan:
     version = raw.get("plan_version") if isinstance(raw, dict) else None
     if version != PLAN_VERSION:
         raise UserError(f"{path}: plan_version {version!r}, this code reads {PLAN_VERSION}; plan the recipe again")
-    return plan_job(check(raw["recipe"]))
+    try:
+        plan = plan_job(check(raw.get("recipe") or {}), shape=_stored_shape(raw.get("model")))
+    except RecipeError as error:
+        raise UserError(f"{path}: its recipe does not hold: {error}; plan the recipe again") from None
+    if changed := sorted(key for key, value in plan.to_json().items() if raw.get(key) != value):
+        raise UserError(f"{path}: {', '.join(changed)} do not follow from its recipe; plan the recipe again")
+    return plan
+
+
+def _stored_shape(raw: Any) -> ModelShape:
+    """The model's shape in a plan.json. Raises RecipeError if it is not whole."""
+    names = {field.name for field in fields(ModelShape)}
+    try:
+        return ModelShape(**{name: value for name, value in dict(raw).items() if name in names})
+    except (TypeError, ValueError):
+        raise RecipeError("model is not a model's shape") from None
 
 
 def _resolve_sp(recipe: Recipe, shape: ModelShape, world_size: int) -> int:

@@ -59,6 +59,11 @@ def model_shape(model: ModelRecipe) -> ModelShape:
             f"model.config.num_key_value_heads = {kv_heads}: must divide num_attention_heads = {heads}; "
             f"use one of {divisors(heads)}"
         )
+    if config.get("head_dim") is None and hidden % heads:
+        raise RecipeError(
+            f"model.config.hidden_size = {hidden}: must be a multiple of num_attention_heads = {heads}; "
+            f"use {max(1, hidden // heads) * heads}, or give head_dim"
+        )
     limit = config.get("max_position_embeddings")
     return ModelShape(
         model_type=str(config.get("model_type", "")),
@@ -84,7 +89,11 @@ def model_config(model: ModelRecipe) -> dict[str, Any]:
         raise RecipeError(
             f"model.name_or_path = {model.name_or_path!r}: {path}: {error}; give a model folder"
         ) from None
-    text = stored.get("text_config", {}) if isinstance(stored, Mapping) else {}
+    text = stored.get("text_config", {}) if isinstance(stored, Mapping) else None
+    if not isinstance(text, Mapping):
+        raise RecipeError(
+            f"model.name_or_path = {model.name_or_path!r}: {path} is not a model's config; give a model folder"
+        )
     return {**stored, **text, **model.config}
 
 

@@ -6,10 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from pipeline.errors import UserError
 from pipeline.plan.job import JobPlan
+from pipeline.recipe.load import dump
 
 
 def runs_root() -> Path:
@@ -67,7 +66,7 @@ def create_run_dir(plan: JobPlan) -> RunDir:
     try:
         root.mkdir(parents=True, exist_ok=True)
         run_dir = RunDir(_new_folder(root, stamp))
-        run_dir.recipe.write_text(yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False))
+        run_dir.recipe.write_text(dump(plan.recipe), encoding="utf-8")
         run_dir.plan.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}; set ALST_RUNS to a folder that can be written") from None

@@ -33,7 +33,7 @@ def find(recipe: str | Path) -> Path:
     """The recipe's file: the path as given, or `<name>.yaml` under configs/."""
     given = Path(recipe)
     for candidate in (given, CONFIGS / given, CONFIGS / f"{given}.yaml"):
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate
     names = (
         sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")) if CONFIGS.exists() else []
@@ -44,6 +44,14 @@ def find(recipe: str | Path) -> Path:
         f"recipe {str(recipe)!r}: no such file, nor a name under configs/; {hint}"
         f"Give a path, or one of: {', '.join(names) or 'none there'}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    """Like Path.is_file, and False for what the system refuses as a name or does not let us see."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def check(raw: Mapping[str, Any]) -> Recipe:
@@ -67,7 +75,7 @@ def read_chain(path: Path, *, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise RecipeError(f"{path.name}: base = {base!r}: must be the path of one recipe; write `base: base.yaml`")
     base_path = path.parent / base
-    if not base_path.is_file():
+    if not _is_file(base_path):
         raise RecipeError(f"{path.name}: base = {base!r}: no such file beside the recipe; correct the path")
     return _merge(read_chain(base_path, below=(*below, path)), raw)
 
@@ -88,6 +96,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: {where}: {error.problem}; correct the YAML there") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: {error}; correct the YAML") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deep to be a recipe; close the brackets") from None
     if raw is None:
         raise RecipeError(f"{path}: the file is empty; a recipe needs at least `base: base.yaml` and `name:`")
     if not isinstance(raw, dict):
@@ -101,10 +111,15 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise RecipeError(f"override {override!r}: must be key=value with a dotted key; write e.g. train.steps=50")
+    if not text.strip():
+        raise RecipeError(f"override {override!r}: the value is empty; to switch a feature off write {dotted}=null")
     try:
         value = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: {text!r} is not a YAML value; quote it for the shell") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise RecipeError(
+            f"override {override!r}: {text!r} is not a YAML value ({problem}); write text in quotes: \"{dotted}='...'\""
+        ) from None
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
         node = _child(node, key, ".".join(keys[: depth + 1]), override)
@@ -125,7 +140,7 @@ def _child(node: Any, key: str, dotted: str, override: str) -> Any:
 
 
 def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not (key.isascii() and key.isdigit()) or int(key) >= len(node):
         raise RecipeError(f"override {override!r}: {key!r} is no place in a list of {len(node)}; count from 0")
     return int(key)
 
@@ -138,7 +153,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-_YAML_1_1 = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp")}
+_YAML_1_1 = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp")}
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -165,11 +180,33 @@ _RecipeLoader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+# Decimal only: YAML 1.1 would read 010 as 8 and 1:30 as 90.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][\d_]*)$"), list("-+0123456789")
+)
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
     list("-+0123456789."),
 )
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or a recipe's loader would take for a number."""
+
+
+_RecipeDumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_RecipeLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _RecipeLoader.yaml_implicit_resolvers.keys()
+}
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as a file that `load` reads to an equal one."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 def _findings(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
@@ -186,8 +223,12 @@ def _findings(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
                 line = "is missing; add it to the recipe"
             case "value_error":
                 line = str(finding["ctx"]["error"])
+            case "union_tag_not_found":
+                path = [*path, "type"]
+                dotted = ".".join(str(part) for part in path)
+                line = "is missing; add it to the section"
             case _:
-                line = f"= {_short(value)}: {_rule(finding['msg'])}"
+                line = f"= {_short(value)}: {_rule(finding)}"
         lines = by_key.setdefault(dotted, [])
         if line not in lines:
             lines.append(line)
@@ -208,11 +249,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _rule(message: str) -> str:
+def _rule(finding: Mapping[str, Any]) -> str:
     """Pydantic's message as a rule: `Input should be greater than 0` -> `must be greater than 0`."""
-    if message.startswith("Input should be a valid dictionary"):
-        return "must be a section of `key: value` lines"
-    return message.replace("Input should be", "must be").replace("Value error, ", "")
+    match finding["type"]:
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "must be a section of `key: value` lines"
+        case "tuple_type":
+            return "must be a list"
+        case "too_short":
+            return "must have at least one entry"
+        case "union_tag_invalid":
+            return f"its type must be one of {finding['ctx']['expected_tags']}"
+        case "string_pattern_mismatch":
+            return "must be letters, digits, dots, dashes and underscores, and start with a letter or digit"
+        case _:
+            return str(finding["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
 
 
 def _locate(loc: tuple[int | str, ...], raw: Any, *, names_a_key: bool) -> tuple[list[int | str], Any]:

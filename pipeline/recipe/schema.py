@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A part of the recipe: frozen, no unknown keys, no silent conversion (`"8"` is not 8, `true` is not 1)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelRecipe(Section):
@@ -169,7 +169,7 @@ class SelfCheck(Section):
 
 class TrainRecipe(Section):
     steps: Count
-    micro_batch: Literal[1]
+    micro_batch: Annotated[int, Field(ge=1, le=1)]
     """Samples per DP replica per forward; one, because a sample is already millions of tokens."""
     grad_accumulation: Count
     grad_clip: Annotated[float, Field(gt=0)] | None

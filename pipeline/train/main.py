@@ -6,6 +6,7 @@ Runs in every rank; started by `launch.local` or by a job, through `launch.entry
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
@@ -57,6 +58,7 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
     _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in enumerate(peaks)))
     if mesh.rank == 0:
         _summary(plan, run_dir, dataset)
+    dist.barrier()  # the process ends hard after this: no rank may leave while another still needs it
 
 
 def _device(plan: JobPlan) -> torch.device:

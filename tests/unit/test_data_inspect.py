@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from data_support import packed
 from rich.console import Console
 
 from pipeline.data.inspect import describe, print_description
 from pipeline.errors import DataError
+from tests.unit.data_support import packed
 
 LENGTHS = [5, 30, 1, 12, 7, 16, 33, 2, 9, 4]
 

@@ -5,13 +5,13 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
-from data_support import packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import IGNORE_INDEX, Batch, batch_of
 from pipeline.data.loader import PackedLoader, place_at
 from pipeline.data.packed_dataset import PackedDataset
+from tests.unit.data_support import packed
 
 SEQ_LEN = 16
 LENGTHS = [5, 30, 1, 12, 7, 16, 33, 2, 9, 4, 3, 8] * 3

@@ -10,7 +10,6 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
-from data_support import corpus_recipe, files_of, numbered_documents, recipe_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from pipeline.data.packed_dataset import PackedDataset
 from pipeline.data.progress import PackProgress
 from pipeline.errors import DataError
 from pipeline.recipe.schema import Recipe, TextSource, TrainTokenizer
+from tests.unit.data_support import corpus_recipe, files_of, numbered_documents, recipe_of
 
 LENGTHS = [3, 25, 8, 1, 14, 9, 40, 6, 2, 11] * 2
 STAGES = ("tokenize", "plan", "write", "finish")

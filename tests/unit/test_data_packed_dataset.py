@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import packed
 
 from pipeline.data.packed_dataset import PackedDataset, SampleContent, write_part
 from pipeline.errors import DataError
+from tests.unit.data_support import packed
 
 LENGTHS = [5, 30, 1, 12, 7, 16, 33, 2, 9, 4] * 3
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import number_tokenizer, numbered_documents, write_corpus
 from tokenizers import Tokenizer
 
 from pipeline.data import tokenize as module
@@ -28,6 +27,7 @@ from pipeline.data.tokenize import (
 )
 from pipeline.errors import DataError
 from pipeline.recipe.schema import JsonlSource, TextSource, TrainTokenizer
+from tests.unit.data_support import number_tokenizer, numbered_documents, write_corpus
 
 SETTINGS = TrainTokenizer(vocab_size=400, sample_mib=1.0)
 
