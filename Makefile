@@ -14,7 +14,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := containers/versions.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-million plan train test test-quick test-full lint mlflow clean
+.PHONY: help setup demo demo-million plan train test test-quick test-full test-gpu lint mlflow clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -45,6 +45,9 @@ test-quick: $(VENV)/.ready-dev lint ## the unit tests alone, in seconds
 
 test-full: $(VENV)/.ready-dev lint ## also the long products
 	$(BIN)/python -m pytest -m "full or not full"
+
+test-gpu: $(VENV)/.ready-dev ## what only a GPU can prove
+	$(BIN)/python -m pytest tests/gpu -rs
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

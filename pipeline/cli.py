@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -114,6 +115,31 @@ def run(
     from pipeline.launch.entry import run_stage
 
     run_stage(plan_path, stage)
+
+
+@app.command()
+def models(
+    probe: Annotated[str | None, typer.Option(metavar="TYPE", help="Measure this model type now.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Measure, and replace rows of the committed table.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the model types that train exactly, and why the others do not."""
+    from pipeline.plan.model_support import supported_models, write_table
+
+    found = supported_models()
+    if probe is not None or write:
+        from pipeline.model.support import model_types
+        from pipeline.model.support import probe as measure
+
+        found = {model_type: measure(model_type) for model_type in (model_types() if probe is None else [probe])}
+    if write:
+        write_table(found if probe is None else supported_models() | found)
+    if as_json:
+        typer.echo(json.dumps({name: asdict(support) for name, support in found.items()}, indent=2))
+        return
+    from pipeline.plan.models_table import print_models
+
+    print_models(found)
 
 
 def _plan(recipe: str, overrides: list[str] | None, *, nodes: int | None = None) -> "JobPlan":

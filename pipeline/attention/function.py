@@ -20,6 +20,9 @@ from pipeline.parallel.mesh import Mesh
 NAME = "alst"
 """In config._attn_implementation. It must not contain "sdpa": transformers would build masks for it."""
 
+HARMLESS = {"position_ids", "position_embeddings", "use_cache", "past_key_values", "output_attentions", "layer_idx"}
+"""Keywords that change no score; any other that says something is refused rather than passed over."""
+
 
 @dataclass(frozen=True)
 class AttentionContext:
@@ -48,19 +51,22 @@ def alst_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     attention_context: AttentionContext | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[1, H, S/sp, D] queries and [1, J, S/sp, D] keys and values -> [1, S/sp, H, D].
+    """[1, H, S/sp, D] queries, [1, J, S/sp, D] keys and [1, J, S/sp, E] values -> [1, S/sp, H, E].
 
-    Raises RunError if the model dropped the context on the way or made a mask, RecipeError for attention dropout.
+    Raises RunError if the model dropped the context on the way, made a mask, or asks for what is not known here;
+    RecipeError for attention dropout.
     """
     if attention_context is None:
         raise RunError(f"{type(module).__name__} lost attention_context on its way; this model is not supported")
-    if attention_mask is not None:
-        raise RunError(f"{type(module).__name__} built an attention mask; this model is not supported")
     if dropout:
         raise RecipeError(f"attention dropout = {dropout}: must be 0; set model.config.attention_dropout=0.0")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    _refuse_what_is_not_known(module, query, key, attention_mask, is_causal=is_causal, others=others)
     context, mesh = attention_context, attention_context.mesh
     q_SHD, k_SJD, v_SJD = (x[0].transpose(0, 1) for x in (query, key, value))
     k_SJD, v_SJD = (_replicate_kv_heads(x, mesh.sp) for x in (k_SJD, v_SJD))
@@ -71,6 +77,32 @@ def alst_attention(
     sinks = None if s_aux is None else s_aux.chunk(mesh.sp)[mesh.sp_rank]
     out_SHD: torch.Tensor = _Attention.apply(q_SHD, k_SJD, v_SJD, sinks, context, scoring)
     return heads_to_sequence(out_SHD, mesh)[None], None
+
+
+def _refuse_what_is_not_known(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    others: dict[str, Any],
+) -> None:
+    """Raises RunError if documents and a window would not say all about who sees whom, and how well."""
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    trouble = None
+    if attention_mask is not None:
+        trouble = "built an attention mask"
+    elif not is_causal:
+        trouble = "attends to what follows"
+    elif key.shape[2] != query.shape[2]:
+        trouble = f"has {key.shape[2]} keys for {query.shape[2]} queries"
+    elif query.shape[0] != 1:
+        trouble = f"has {query.shape[0]} sequences in a batch, must be one"
+    elif unknown:
+        trouble = f"tells its attention {', '.join(unknown)}, which is not known here"
+    if trouble is not None:
+        raise RunError(f"{type(module).__name__} {trouble}; this model is not supported")
 
 
 def _replicate_kv_heads(x_SJD: torch.Tensor, sp: int) -> torch.Tensor:

@@ -4,14 +4,18 @@ Gradients of hidden states and of the head are computed with each tile in forwar
 any factor on the loss then scales them, and ZeRO's hooks see the head's parameters once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.errors import RunError
 from pipeline.model.anatomy import backbone, lm_head
 
 IGNORE_INDEX = -100
@@ -19,7 +23,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class LogitsTransform:
-    """What the model does to the head's output: logits = softcap * tanh(scale * z / softcap)."""
+    """What the model does around the head: logits = softcap * tanh(scale * z / softcap), z = W x + b."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -39,25 +43,86 @@ class LogitsTransform:
         return 1 - (logits / self.softcap).square_()
 
 
-def logits_transform(config: Any) -> LogitsTransform:
-    """Of a transformers config: granite divides, cohere multiplies, gemma 2 and later cap."""
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
-    if getattr(config, "logit_scale", None):
-        scale = config.logit_scale
-    return LogitsTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+def logits_transform(model: PreTrainedModel) -> LogitsTransform:
+    """What this model does around its head: granite divides, cohere multiplies, gemma 2 and later cap.
+
+    The config tells the numbers, the stock forward which of them it uses and how. Raises RunError if none of the ways
+    known here gives its logits.
+    """
+    config, bias = model.config, lm_head(model).bias
+    generator = torch.Generator().manual_seed(0)
+    z = 10 * torch.randn(1, 5, config.get_text_config().vocab_size, generator=generator, dtype=torch.float64)
+    before, logits = _stock_head(model, z)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scales = (1.0, 1.0 / divisor, divisor, getattr(config, "logit_scale", None) or 1.0)
+    softcaps = (None, getattr(config, "final_logit_softcapping", None))
+    for scale, softcap in product(scales, softcaps):
+        found = LogitsTransform(scale=scale, softcap=softcap).forward(z.clone())
+        # Some models compute here in float32.
+        if torch.allclose(logits.double(), found, rtol=1e-5, atol=1e-5) and (before == 1.0 or bias is None):
+            return LogitsTransform(scale=before * scale, softcap=softcap)
+    raise RunError(f"{type(model).__name__} changes logits in a way that is not known here; it is not supported")
+
+
+def _stock_head(model: PreTrainedModel, z: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """(factor on hidden states before the head, logits) of the stock forward, where z is what the head returns.
+
+    z [1, tokens, vocab]; neither backbone nor weights are used. Raises RunError if it is not a factor.
+    """
+    hidden_states = torch.randn(1, z.shape[1], 3, generator=torch.Generator().manual_seed(1), dtype=z.dtype)
+    factors = []
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        factors.append(float(x[0, 0, 0] / hidden_states[0, 0, 0]))
+        if x.shape != hidden_states.shape or not torch.allclose(x, factors[-1] * hidden_states, rtol=1e-12):
+            raise RunError(f"{type(model).__name__} changes hidden states before its head; it is not supported")
+        return z.clone()
+
+    answers: dict[Any, Callable[..., Any]] = {
+        backbone(model): lambda *args, **kwargs: _BackboneOutput(hidden_states),
+        lm_head(model): head,
+    }
+    out = type(model).forward(_StandIn(model, answers), input_ids=torch.zeros(z.shape[:2], dtype=torch.long))
+    return factors[0], out.logits
+
+
+class _StandIn:
+    """A module for a call of its class's forward, with answers instead of some of its children; it is not touched."""
+
+    def __init__(self, module: nn.Module, answers: dict[Any, Callable[..., Any]]) -> None:
+        self._module, self._answers = module, answers
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        return _StandIn(found, self._answers) if isinstance(found, nn.Module) else found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answers.get(self._module, self._module)(*args, **kwargs)
+
+
+class _BackboneOutput:
+    """Hidden states, and None for whatever else a backbone may return."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        self.last_hidden_state = hidden_states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return self.last_hidden_state if index == 0 else None
 
 
 def attach(model: PreTrainedModel, *, tile_tokens: int) -> None:
     """The model's forward takes `labels` and returns the sum of the loss over this rank's valid labels.
 
     Labels are already shifted. Backbone, then head with labels, both inside one call of the model: around it, ZeRO-3
-    under gradient accumulation would keep only the last micro-batch's gradient.
+    under gradient accumulation would keep only the last micro-batch's gradient. Raises RunError for a model whose head
+    does what is not known here.
     """
-    transform = logits_transform(model.config)
+    transform = logits_transform(model)
 
-    def head_loss(self: torch.nn.Linear, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def head_loss(self: nn.Linear, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return tiled_loss(hidden_states, self.weight, self.bias, labels, tile_tokens=tile_tokens, transform=transform)
 
     def loss_sum(self: PreTrainedModel, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:

@@ -1,26 +1,40 @@
 """The MLP a tile of tokens at a time, run again in backward: its intermediates exist for one tile only.
 
-ALST (arXiv 2506.13996, §3.1.1), after Mini-Sequence Transformer (2407.15892).
+ALST (arXiv 2506.13996, §3.1.1), after Mini-Sequence Transformer (2407.15892). Dense MLPs and blocks of experts alike:
+routing, too, looks at one token at a time.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from pipeline.model.anatomy import decoder_layers
+from pipeline.errors import RecipeError, RunError
+from pipeline.model.anatomy import decoder_layers, mlps
 
 
-def attach(model: nn.Module, *, tile_tokens: int) -> None:
-    """Put a TiledMLP around every decoder layer's MLP; parameter names stay as they were."""
+def attach(model: PreTrainedModel, *, tile_tokens: int) -> None:
+    """Put a TiledMLP around every MLP of every decoder layer; parameter names stay as they were.
+
+    Raises RecipeError for a layer without an MLP of its own, and for a model whose loss looks at router logits: what is
+    recorded inside a tile has the right value and no gradient.
+    """
+    if getattr(model.config, "output_router_logits", False):
+        raise RecipeError(
+            "model.config.output_router_logits = True: must be false, tiles give recorded router logits no gradient; "
+            "set model.config.output_router_logits=false"
+        )
     for layer in decoder_layers(model):
-        layer.mlp = TiledMLP(layer.mlp, tile_tokens=tile_tokens)
+        for name in mlps(layer):
+            setattr(layer, name, TiledMLP(getattr(layer, name), tile_tokens=tile_tokens))
 
 
 class TiledMLP(nn.Module):
     """Runs `mlp` over tiles of the sequence. It adopts the MLP's children and parameters under their own names.
 
-    [1, S, hidden] -> [1, S, hidden]. Any MLP that treats tokens one by one fits; the last tile may be shorter.
+    [1, S, hidden] -> [1, S, hidden]. Any MLP that treats tokens one by one fits; the last tile may be shorter. Of a
+    block that returns a tuple (gpt_oss: its router's scores as well) the rest is None.
     """
 
     def __init__(self, mlp: nn.Module, *, tile_tokens: int) -> None:
@@ -30,9 +44,41 @@ class TiledMLP(nn.Module):
         # In a tuple, or nn.Module would register it and every parameter would have a second name.
         self._mlp = (mlp,)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        (mlp,) = self._mlp
-        out: torch.Tensor = _Tiled.apply(mlp.forward, self.tile_tokens, hidden_states, *self.parameters())
+    @property
+    def stock(self) -> nn.Module:
+        """The MLP inside."""
+        return self._mlp[0]
+
+    def forward(
+        self, hidden_states: torch.Tensor, *others: Any, **named: Any
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        if others or named:
+            raise RunError(f"{type(self.stock).__name__} takes more than hidden states; set memory.tiled_mlp: null")
+        run = _Tile(self.stock)
+        out: torch.Tensor = _Tiled.apply(run, self.tile_tokens, hidden_states, *self.parameters())
+        return out if run.others is None else (out, *[None] * run.others)
+
+    def train(self, mode: bool = True) -> "TiledMLP":
+        super().train(mode)
+        self.stock.training = mode
+        return self
+
+
+class _Tile:
+    """An MLP as a function of one tensor."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        self.mlp = mlp
+        self.others: int | None = None
+        """How many values follow the output in the tuple that the MLP returns; None if it returns no tuple."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.mlp.forward(x)
+        if isinstance(out, tuple):
+            out, *others = out
+            self.others = len(others)
+        if not isinstance(out, torch.Tensor) or out.shape != x.shape:
+            raise RunError(f"{type(self.mlp).__name__} does not return what it takes; set memory.tiled_mlp: null")
         return out
 
 
@@ -42,33 +88,40 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mlp: Any, tile_tokens: int, hidden_states: torch.Tensor, *parameters: nn.Parameter
+        ctx: Any, run: _Tile, tile_tokens: int, hidden_states: torch.Tensor, *parameters: nn.Parameter
     ) -> torch.Tensor:
-        ctx.mlp, ctx.tile_tokens, ctx.parameters = mlp, tile_tokens, parameters
+        ctx.run, ctx.tile_tokens, ctx.parameters = run, tile_tokens, parameters
         ctx.save_for_backward(hidden_states)
-        out = torch.empty_like(hidden_states)
-        for x, y in zip(hidden_states.split(tile_tokens, 1), out.split(tile_tokens, 1), strict=True):
-            y.copy_(mlp(x))
+        first, *rest = hidden_states.split(tile_tokens, 1)
+        y = run(first)
+        out = torch.empty_like(hidden_states, dtype=y.dtype)
+        out[:, :tile_tokens] = y
+        del y
+        for x, into in zip(rest, out.split(tile_tokens, 1)[1:], strict=True):
+            into.copy_(run(x))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden_states,) = ctx.saved_tensors
         dhidden = torch.empty_like(hidden_states)
-        sums: list[torch.Tensor | None] = [None] * len(ctx.parameters)
+        trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]
+        sums: list[torch.Tensor | None] = [None] * len(trained)
         tiles = (tensor.split(ctx.tile_tokens, 1) for tensor in (hidden_states, grads[0], dhidden))
         for x, dy, dx in zip(*tiles, strict=True):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
-                y = ctx.mlp(x)
-            tile_dx, *tile_grads = torch.autograd.grad(y, (x, *ctx.parameters), dy, allow_unused=True)
+                y = ctx.run(x)
+            tile_dx, *tile_grads = torch.autograd.grad(y, (x, *trained), dy, allow_unused=True)
             dx.copy_(tile_dx)
             sums = [_add(total, grad) for total, grad in zip(sums, tile_grads, strict=True)]
-        dparameters = [
-            None if total is None else total.to(parameter.dtype)
-            for total, parameter in zip(sums, ctx.parameters, strict=True)
-        ]
-        return None, None, dhidden, *dparameters
+        of_trained = zip(trained, sums, strict=True)
+        # Zero, not None, for an expert that no token of this rank chose: ZeRO waits for every parameter on every rank.
+        found = {
+            id(parameter): torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+            for parameter, total in of_trained
+        }
+        return None, None, dhidden, *(found.get(id(parameter)) for parameter in ctx.parameters)
 
 
 def _add(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Where things are in a transformers decoder: its backbone, layers and head."""
+"""Where things are in a transformers decoder: its backbone, layers, MLPs and head."""
 
 from typing import Any
 
@@ -6,26 +6,43 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pipeline.errors import RunError
+from pipeline.errors import RecipeError, RunError
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp")
+"""What architectures call the MLP of a layer, dense or of experts; a layer may have several side by side."""
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The decoder without its head."""
+    """The decoder without its head. Raises RunError if the model does not tell the two apart."""
     found: nn.Module = model.get_decoder()
+    if found is model or isinstance(found, nn.Linear):
+        raise RunError(f"{type(model).__name__} does not tell its decoder from its head; this model is not supported")
     return found
 
 
 def lm_head(model: PreTrainedModel) -> nn.Linear:
     """The projection onto the vocabulary. Raises RunError if it is not one linear map."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if type(head) is not nn.Linear:
         raise RunError(f"{type(model).__name__} has no linear output head; this model is not supported")
     return head
 
 
-def decoder_layers(model: nn.Module) -> list[Any]:
+def decoder_layers(model: PreTrainedModel) -> list[Any]:
     """In order; untyped, because their attributes are the architecture's. Raises RunError if there are none."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in backbone(model).modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise RunError(f"{type(model).__name__} has no layers that transformers can checkpoint; it is not supported")
     return layers
+
+
+def mlps(layer: nn.Module) -> list[str]:
+    """The names of a decoder layer's MLPs. Raises RecipeError if none of its children is known to be one."""
+    found = [name for name, child in layer.named_children() if name in MLP_NAMES]
+    if not found:
+        children = ", ".join(name for name, _ in layer.named_children())
+        raise RecipeError(
+            f"memory.tiled_mlp: {type(layer).__name__} has no MLP of its own among {children}, must have one named "
+            f"{', '.join(MLP_NAMES)}; set memory.tiled_mlp: null"
+        )
+    return found

@@ -4,32 +4,36 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.errors import RecipeError
 from pipeline.recipe.schema import ModelRecipe
 
 
-def build_model(recipe: ModelRecipe, *, attention: str, seed: int) -> PreTrainedModel:
+def build_model(
+    recipe: ModelRecipe, *, attention: str, seed: int, zero3: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """Random weights from `seed`, or pretrained ones, in the recipe's dtype. `attention` names the implementation.
 
-    Raises RecipeError if transformers does not know the model, or cannot load it.
+    With `zero3`, DeepSpeed's configuration, every parameter is partitioned as it is made (`zero.Init`): no rank ever
+    holds the whole model. Collective then. Raises RecipeError if transformers does not know or cannot load the model.
     """
     config = transformers_config(recipe)
-    dtype = getattr(torch, recipe.dtype)
-    if recipe.init == "random":
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    else:
-        try:
+    options = {"attn_implementation": attention, "dtype": getattr(torch, recipe.dtype)}
+    # transformers partitions while it loads as long as this object lives; it holds it by a weak reference.
+    partitioning = None if zero3 is None else HfDeepSpeedConfig(zero3)
+    try:
+        if recipe.init == "random":
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
             model = AutoModelForCausalLM.from_pretrained(
-                recipe.name_or_path,
-                revision=recipe.revision,
-                config=config,
-                attn_implementation=attention,
-                dtype=dtype,
+                recipe.name_or_path, revision=recipe.revision, config=config, **options
             )
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"model.name_or_path = {recipe.name_or_path!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.name_or_path = {recipe.name_or_path!r}: {error}") from error
+    finally:
+        del partitioning
     stock: PreTrainedModel = model
     return stock.train()
 

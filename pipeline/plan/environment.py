@@ -30,6 +30,11 @@ def environment(plan: JobPlan, *, cpus_per_rank: int) -> list[Variable]:
     ]
     if plan.recipe.hardware.gpu is Gpu.CPU:
         return [*table, *_CPU_ONLY]
+    table.append(
+        Variable(
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1", "flash-attn-4 compiles each variant once, not once a job"
+        )
+    )
     if plan.recipe.memory.allocator.expandable_segments:
         # torch >= 2.9 reads the first name, older ones the second; the wrong one is ignored without a word.
         table += [

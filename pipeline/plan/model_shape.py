@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.plan.model_support import require_exact, require_supported
 from pipeline.recipe.schema import ModelRecipe
 
 
@@ -37,8 +38,15 @@ class ModelShape:
 
 
 def model_shape(model: ModelRecipe) -> ModelShape:
-    """The shape of the recipe's model. Raises RecipeError if its config.json is not at hand or lacks a size."""
+    """The shape of the recipe's model.
+
+    Raises RecipeError if its config.json is not at hand or lacks a size, or if the model would not train exactly.
+    """
     config = model_config(model)
+    if not isinstance(config.get("model_type"), str):
+        raise RecipeError(f"model.config has no model_type; add it (found: {', '.join(sorted(config))})")
+    require_supported(config["model_type"])
+    require_exact(config)
 
     def size(*names: str, default: int | None = None) -> int:
         for name in names:
@@ -66,7 +74,7 @@ def model_shape(model: ModelRecipe) -> ModelShape:
         )
     limit = config.get("max_position_embeddings")
     return ModelShape(
-        model_type=str(config.get("model_type", "")),
+        model_type=config["model_type"],
         hidden_size=hidden,
         num_layers=size("num_hidden_layers", "n_layer"),
         num_query_heads=heads,
@@ -94,7 +102,9 @@ def model_config(model: ModelRecipe) -> dict[str, Any]:
         raise RecipeError(
             f"model.name_or_path = {model.name_or_path!r}: {path} is not a model's config; give a model folder"
         )
-    return {**stored, **text, **model.config}
+    # The outer model_type says what transformers will build.
+    outer = {name: stored[name] for name in ("model_type",) if name in stored}
+    return {**stored, **text, **outer, **model.config}
 
 
 def _config_file(name_or_path: str, revision: str | None) -> Path:

@@ -18,7 +18,7 @@ def print_plan(plan: JobPlan) -> None:
             f"vocabulary {shape.vocab_size:,}",
         ),
         ("hardware", f"{plan.nodes} x {hardware.gpus_per_node} {hardware.gpu.value}"),
-        ("mesh", f"{plan.world_size} ranks = dp {plan.dp} x sp {plan.sp}"),
+        ("mesh", f"{plan.world_size} ranks = dp {plan.dp} x sp {plan.sp}{_why_dp(plan)}"),
         ("sequence", f"{plan.seq_len:,} tokens, {plan.local_seq_len:,} per rank"),
         ("step", f"{plan.samples_per_step:,} samples, {plan.tokens_per_step:,} tokens"),
         ("loss tiles", f"{plan.num_loss_tiles:,} of {plan.loss_tile_tokens:,} tokens"),
@@ -36,3 +36,10 @@ def print_plan(plan: JobPlan) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table, markup=False, highlight=False)
+
+
+def _why_dp(plan: JobPlan) -> str:
+    """Why not all ranks share one sequence, where the heads are the reason."""
+    if plan.dp == 1 or plan.world_size <= plan.model.num_query_heads:
+        return ""
+    return f" (sp divides the {plan.model.num_query_heads} query heads; the rest of the ranks is dp)"

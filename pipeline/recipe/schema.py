@@ -32,7 +32,7 @@ class ModelRecipe(Section):
     """Overrides of the model's own config.json."""
     dtype: Literal["float32", "bfloat16"]
     """Of parameters and activations; the optimizer's states stay float32."""
-    attention: Literal["auto", "cpu"]
+    attention: Literal["auto", "cpu", "torch", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
     """The kernel behind attention; `auto` takes the fastest that is present."""
 
     @model_validator(mode="after")
@@ -132,6 +132,8 @@ class ZeroRecipe(Section):
     stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: Literal["cpu"] | None
     offload_parameters: Literal["cpu"] | None
+    reduce_scatter: bool
+    """Gradients are reduced to their owner only; false reduces them to every rank first."""
 
     @model_validator(mode="after")
     def _offload_needs_partitions(self) -> "ZeroRecipe":
@@ -148,6 +150,8 @@ class OptimizerRecipe(Section):
     betas: Annotated[tuple[float, float], Field(strict=False)]
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
+    states_dtype: Literal["float32", "bfloat16"]
+    """Of master weights, gradients and moments; bfloat16 halves them and needs model.dtype bfloat16."""
 
 
 class ScheduleRecipe(Section):
@@ -218,3 +222,12 @@ class Recipe(Section):
     train: TrainRecipe
     tracking: TrackingRecipe
     hardware: HardwareRecipe
+
+    @model_validator(mode="after")
+    def _narrow_states_need_a_narrow_model(self) -> "Recipe":
+        if self.optimizer.states_dtype == "bfloat16" and (self.model.dtype != "bfloat16" or self.zero.stage == 0):
+            raise ValueError(
+                f"optimizer.states_dtype bfloat16 needs model.dtype bfloat16 and zero.stage 1 to 3, not "
+                f"{self.model.dtype} and {self.zero.stage}; set optimizer.states_dtype: float32"
+            )
+        return self

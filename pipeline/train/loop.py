@@ -10,7 +10,7 @@ from pipeline.metrics.meter import StepRecord, StepTimer, step_record
 from pipeline.metrics.tracker import Tracker
 from pipeline.plan.flops import PEAK_FLOPS, model_flops
 from pipeline.train.schedule import learning_rate
-from pipeline.train.step import StepResult, Trainee, run_step
+from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ def train(trainee: Trainee, batches: Iterable[StepBatch], attached: Attached, re
     while True:
         with timer.phase("data"):
             batch = next(iterator, None)
-            micro_batches = () if batch is None else tuple(batch.micro_batches)
-        if batch is None:
-            return peaks
+            if batch is None:
+                return peaks
+            micro_batches = [model_inputs(micro_batch, trainee) for micro_batch in batch.micro_batches]
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(trainee, micro_batches, valid_tokens=batch.valid_tokens, learning_rate=rate, timer=timer)
         peaks = result.peak_host_rss_bytes

@@ -3,6 +3,7 @@
 Runs in every rank; started by `launch.local` or by a job, through `launch.entry`.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,21 +11,23 @@ import torch.distributed as dist
 
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
-from pipeline.attention.kernels import choose_kernel
+from pipeline.attention.kernels.choice import Choice, choose
+from pipeline.attention.kernels.interface import needs_of
 from pipeline.data.batch import batch_of
 from pipeline.data.loader import PackedLoader
 from pipeline.data.packed_dataset import PackedDataset
+from pipeline.errors import UserError
 from pipeline.memory.apply import attach_features
 from pipeline.metrics.console import ProgressLine, gib
 from pipeline.metrics.plots import plot_training
 from pipeline.metrics.summary import print_summary, summarize
 from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
-from pipeline.model.build import build_model
+from pipeline.model.build import build_model, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir, packed_dir, runs_root
 from pipeline.recipe.schema import Gpu
-from pipeline.train.engine import create_engine, init_distributed
+from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.loop import Reporting, train
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
@@ -34,15 +37,20 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
     """Train as planned. Collective over the ranks of torch's environment variables."""
     dataset = PackedDataset.open(packed_dir(plan))
     device = _device(plan)
-    kernel = choose_kernel(plan.recipe.model.attention, device=device)
+    attention = _attention(plan, device)
     init_distributed(plan)
     mesh = create_mesh(plan.sp)
     register()
-    model = build_model(plan.recipe.model, attention=ALST_ATTENTION, seed=plan.recipe.train.seed)
+    model = build_model(
+        plan.recipe.model, attention=ALST_ATTENTION, seed=plan.recipe.train.seed, zero3=zero3_config(plan)
+    )
     attached = attach_features(model, plan)
-    trainee = Trainee(create_engine(model, plan, attached), plan, mesh, kernel, device)
+    trainee = Trainee(create_engine(model, plan, attached), plan, mesh, attention.kernel, device)
     loader = _loader(plan, mesh, dataset)
-    _say(mesh, f"attention: {kernel.name}, mesh: dp={mesh.dp} x sp={mesh.sp}, {plan.local_seq_len:,} tokens per rank")
+    for reason in attention.passed_over:
+        _say(mesh, f"attention: passed over {reason}")
+    _say(mesh, f"attention: {attention.kernel.name} ({attention.detail})")
+    _say(mesh, f"mesh: dp={mesh.dp} x sp={mesh.sp}, {plan.local_seq_len:,} tokens per rank")
     _say(mesh, _first_sample(dataset, loader))
     _check(trainee, dataset, loader)
     tracker = _tracker(plan, run_dir, mesh)
@@ -64,7 +72,20 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
 def _device(plan: JobPlan) -> torch.device:
     if plan.recipe.hardware.gpu is Gpu.CPU:
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"hardware.gpu = {plan.recipe.hardware.gpu.value}: this machine has no CUDA device; run where one is, "
+            "or set hardware.gpu=cpu"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _attention(plan: JobPlan, device: torch.device) -> Choice:
+    """The kernel that the recipe asks for and the model needs; refused here, before weights load, if there is none."""
+    model = plan.recipe.model
+    needs = needs_of(transformers_config(model), dtype=getattr(torch, model.dtype), sp=plan.sp)
+    return choose(model.attention, device=device, needs=needs)
 
 
 def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset) -> PackedLoader:
@@ -98,10 +119,7 @@ def _check(trainee: Trainee, dataset: PackedDataset, loader: PackedLoader) -> No
         _say(trainee.mesh, "self-check: off (train.self_check is null)")
         return
     length = min(recipe.train.self_check.tokens, trainee.plan.seq_len)
-    first = loader.sample_at(0).sample
-    shard = batch_of(dataset, first, sp_rank=trainee.mesh.sp_rank, sp=trainee.mesh.sp, length=length)
-    whole = batch_of(dataset, first, sp_rank=0, sp=1, length=length)
-    check = self_check(trainee, shard=shard, whole=whole)
+    check = self_check(trainee, batch_of(dataset, loader.sample_at(0).sample, length=length))
     _say(
         trainee.mesh,
         f"self-check on {length:,} tokens: loss {check.loss:.6f} at sp={trainee.mesh.sp}, "

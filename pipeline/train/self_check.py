@@ -1,22 +1,25 @@
 """Before the first step: does the attached model on this mesh compute what the stock model computes on one rank?
 
-The first tokens of the first sample go through engine, exchange, tiles and checkpoints, and one document at a time
-through the stock model with stock attention. Loss and gradient norm must agree; a difference is fatal.
+The first tokens of the first sample go twice through the real engine with the real weights: as training will run
+them, and with every feature off, one document at a time through the stock model's own forward. Loss and gradient norm
+must agree; a difference is fatal.
 """
 
-import math
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from pipeline.data.batch import IGNORE_INDEX, Batch
 from pipeline.errors import RunError
+from pipeline.memory.apply import features_off
 from pipeline.metrics.meter import StepTimer
-from pipeline.model.build import build_model
-from pipeline.train.step import StepResult, Trainee, run_step
+from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.shard import shard_of
+from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
 
 
 @dataclass(frozen=True)
@@ -37,36 +40,51 @@ class Check:
         )
 
 
-def self_check(trainee: Trainee, *, shard: Batch, whole: Batch) -> Check:
-    """Compare on one short sample: `shard` is this rank's part of it, `whole` all of it. Collective.
+def self_check(trainee: Trainee, whole: Batch) -> Check:
+    """Compare on one short sample, given whole to every rank. Collective.
 
     Raises RunError if they differ by more than the recipe's tolerance. Weights and optimizer are left as they were.
     """
     recipe = trainee.plan.recipe.train.self_check
     assert recipe is not None, "called only when the recipe asks for it"
-    stock_loss, stock_grad_norm = _stock(trainee, whole)
-    ours = _ours(trainee, shard)
-    assert ours.grad_norm is not None, "every ZeRO stage gives a norm"
-    check = Check(ours.loss, stock_loss, ours.grad_norm, stock_grad_norm)
+    sample = _in_two_documents(whole)
+    mesh = trainee.mesh
+    model: PreTrainedModel = trainee.engine.module
+    with features_off(model, forward=_stock_loss_sum, attention=stock_attention(model)):
+        stock = _trial_step(trainee, _documents(sample, trainee.device), sample.n_valid * mesh.world_size)
+    ours = _trial_step(trainee, [model_inputs(shard_of_sample(sample, mesh), trainee)], sample.n_valid * mesh.dp)
+    assert ours.grad_norm is not None and stock.grad_norm is not None, "every ZeRO stage gives a norm"
+    check = Check(ours.loss, stock.loss, ours.grad_norm, stock.grad_norm)
     if not check.difference <= recipe.tolerance:
         raise RunError(
             f"self-check on {whole.n_tokens:,} tokens: loss {check.loss:.6f} and gradient norm {check.grad_norm:.6f} "
-            f"at sp={trainee.mesh.sp}, but {check.stock_loss:.6f} and {check.stock_grad_norm:.6f} with the stock model "
-            f"at sp=1: off by {check.difference:.1e}, allowed is {recipe.tolerance:.0e}. Training would go wrong; "
-            "report it with plan.json, or set train.self_check.tolerance if the model's dtype explains it"
+            f"at sp={mesh.sp}, but {check.stock_loss:.6f} and {check.stock_grad_norm:.6f} with the stock model at "
+            f"sp=1: off by {check.difference:.1e}, allowed is {recipe.tolerance:.0e}. Training would go wrong; report "
+            "it with plan.json, or set train.self_check.tolerance if the model's dtype explains it"
         )
     return check
 
 
-def _ours(trainee: Trainee, shard: Batch) -> StepResult:
-    """A step at learning rate 0 through the real engine; the optimizer's moments are cleared again."""
-    accumulation = trainee.plan.recipe.train.grad_accumulation
-    copies = accumulation * trainee.mesh.dp  # the same sample in every micro-batch of every replica
+def stock_attention(model: PreTrainedModel) -> str:
+    """The implementation of transformers that computes this model's attention; sdpa knows no sinks and no soft-cap."""
+    config = model.config.get_text_config()
+    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    return "eager" if sinks or getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
+def _trial_step(trainee: Trainee, micro_batches: list[dict[str, Any]], valid_tokens: int) -> StepResult:
+    """One step at learning rate 0 through the real engine; optimizer and counters are then as if it had not been."""
+    engine = trainee.engine
     result = run_step(
-        trainee, [shard] * accumulation, valid_tokens=shard.n_valid * copies, learning_rate=0.0, timer=StepTimer()
+        trainee,
+        _one_step_of(micro_batches, engine),
+        valid_tokens=valid_tokens,
+        learning_rate=0.0,
+        timer=StepTimer(),
     )
-    optimizer = trainee.engine.optimizer
-    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+    engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts again
+    engine.micro_steps = engine.global_steps = engine.global_samples = 0
+    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
                 value.zero_()
@@ -75,31 +93,52 @@ def _ours(trainee: Trainee, shard: Batch) -> StepResult:
     return result
 
 
-def _stock(trainee: Trainee, whole: Batch) -> tuple[float, float]:
-    """(loss, gradient norm) of the stock model at sp = 1; ranks share the documents among them."""
-    model = build_model(trainee.plan.recipe.model, attention="sdpa", seed=trainee.plan.recipe.train.seed)
-    model.to(trainee.device)
-    bounds = whole.cu_seqlens.tolist()
-    loss_sum = torch.zeros((), dtype=torch.float64)
-    for start, stop in list(pairwise(bounds))[trainee.mesh.rank :: trainee.mesh.world_size]:
-        document = slice(start, stop)
-        logits = model(
-            input_ids=whole.input_ids[:, document].to(trainee.device),
-            position_ids=whole.position_ids[:, document].to(trainee.device),
-            use_cache=False,
-        ).logits
-        labels = whole.labels[:, document].to(trainee.device)
-        loss = F.cross_entropy(logits.float()[0], labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
-        (loss / max(whole.n_valid, 1)).backward()
-        loss_sum += loss.detach().double().cpu()
-    return _reduced(loss_sum.to(trainee.device), model, whole.n_valid)
+def _one_step_of(micro_batches: list[dict[str, Any]], engine: Any) -> Iterator[dict[str, Any]]:
+    """However many micro-batches the recipe accumulates, the step ends with the last of these."""
+    for number, inputs in enumerate(micro_batches, start=1):
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+        yield inputs
 
 
-def _reduced(loss_sum: torch.Tensor, model: torch.nn.Module, valid_tokens: int) -> tuple[float, float]:
-    dist.all_reduce(loss_sum)
-    squares = 0.0
-    for parameter in model.parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        dist.all_reduce(grad)
-        squares += float(grad.double().square().sum())
-    return float(loss_sum) / max(valid_tokens, 1), math.sqrt(squares)
+def _stock_loss_sum(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """The loss sum of one document by the stock forward."""
+    logits = type(model).forward(model, use_cache=False, **inputs).logits[0]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _documents(sample: Batch, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """What the stock model is called with, [1, len] each, for every document."""
+    lengths = sample.cu_seqlens.diff().tolist()
+    names = ("input_ids", "position_ids", "labels")
+    parts = [getattr(sample, name)[:, : sample.n_tokens].to(device).split(lengths, dim=1) for name in names]
+    return [dict(zip(names, tensors, strict=True)) for tensors in zip(*parts, strict=True)]
+
+
+def _in_two_documents(whole: Batch) -> Batch:
+    """The sample; if it is a single document, cut in two, so that a border is checked as well."""
+    if len(whole.cu_seqlens) > 2 or whole.n_tokens < 2:
+        return whole
+    cut = max(1, whole.n_tokens // 3)
+    labels, position_ids = whole.labels.clone(), whole.position_ids.clone()
+    labels[:, cut - 1] = IGNORE_INDEX
+    position_ids[:, cut : whole.n_tokens] = torch.arange(whole.n_tokens - cut)
+    return replace(
+        whole,
+        labels=labels,
+        position_ids=position_ids,
+        cu_seqlens=torch.tensor([0, cut, whole.n_tokens], dtype=whole.cu_seqlens.dtype),
+        n_valid=int((labels != IGNORE_INDEX).sum()),
+    )
+
+
+def shard_of_sample(sample: Batch, mesh: Mesh) -> Batch:
+    """This rank's part of a sample that every rank holds whole."""
+    part = shard_of(mesh.sp_rank, sp=mesh.sp, seq_len=sample.seq_len)
+    own = slice(part.start, part.stop)
+    return replace(
+        sample,
+        input_ids=sample.input_ids[:, own],
+        labels=sample.labels[:, own],
+        position_ids=sample.position_ids[:, own],
+    )

@@ -43,18 +43,27 @@ class StepResult:
 
 
 def run_step(
-    trainee: Trainee, micro_batches: Iterable[Batch], *, valid_tokens: int, learning_rate: float, timer: StepTimer
+    trainee: Trainee,
+    micro_batches: Iterable[dict[str, Any]],
+    *,
+    valid_tokens: int,
+    learning_rate: float,
+    timer: StepTimer,
 ) -> StepResult:
-    """Forward and backward of every micro-batch, one update. `valid_tokens` is of the whole step, over all ranks."""
+    """Forward and backward of every micro-batch, one update.
+
+    A micro-batch is what the model is called with (`model_inputs`), and the call returns a sum over labels;
+    `valid_tokens` are those labels of the whole step, over all ranks.
+    """
     engine = trainee.engine
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     scale = loss_scale(trainee.plan, valid_tokens)
     loss_sum = torch.zeros((), dtype=torch.float64)
     grad_norm: float | None = None
-    for batch in micro_batches:
+    for inputs in micro_batches:
         with timer.phase("forward"):
-            loss = engine(**model_inputs(batch, trainee))
+            loss = engine(**inputs)
             loss_sum += loss.detach().double().cpu()
         with timer.phase("backward"):
             engine.backward(loss * scale)

@@ -1,6 +1,6 @@
 """Every gradient of a distributed run against the stock model: one process, eager, one document at a time.
 
-A worker of `test_parity`: each rank runs `python -m tests.multiprocess.parity CASES.json RESULTS.json`, several cases
+A worker of `test_parity`: each rank runs `python -m tests.multiprocess.parity CASES.json FOLDER`, several cases
 in one launch. The reference is stock transformers in float64 and again in the case's dtype; how far the two lie apart
 is the stock model's own rounding, and the measure for ours.
 """
@@ -9,56 +9,42 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
+from pipeline.attention.kernels import cpu
 from pipeline.attention.kernels.cpu import CpuKernel
+from pipeline.attention.segments import Segments, segments_of
 from pipeline.data.batch import IGNORE_INDEX, Batch
 from pipeline.memory.apply import attach_features
 from pipeline.model.build import build_model
 from pipeline.parallel.mesh import Mesh, create_mesh
-from pipeline.parallel.shard import shard_of
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.recipe.load import load
-from pipeline.recipe.schema import ModelRecipe
-from pipeline.train.engine import create_engine, init_distributed, loss_scale
+from pipeline.train import step as step_module
+from pipeline.train.engine import create_engine, init_distributed, loss_scale, zero3_config
+from pipeline.train.self_check import self_check, shard_of_sample
 from pipeline.train.step import Trainee, model_inputs
 from tests.architectures import ARCHITECTURES
+from tests.multiprocess.case import Case
 
+BASE = Path(__file__).with_name("parity.yaml")
 VOCAB = 97
-SEQ_LEN = 120
-DOCUMENTS = ((0, 31, 77, 119, 120), (0, 120), (0, 1, 64, 113), (0, 59, 61, 120))
-"""Of consecutive samples: borders inside shards, on them, one long document, a padded tail, one-token documents."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A point of the parity suite. Whatever is not named is as in configs/tiny.yaml."""
-
-    architecture: str = "llama"
-    sp: int = 1
-    stage: int = 3
-    accumulation: int = 1
-    overrides: tuple[str, ...] = ()
-    engine: bool = True
-    """False: no DeepSpeed, in float64."""
-    steps: int = 1
-
-    @property
-    def name(self) -> str:
-        engine = f"zero{self.stage}" if self.engine else "float64"
-        extra = "".join(f" {override}" for override in self.overrides)
-        steps = f" steps{self.steps}" if self.steps > 1 else ""
-        return f"{self.architecture} sp{self.sp} {engine} accumulation{self.accumulation}{steps}{extra}"
+DOCUMENTS = ((0, 31, 77, 117, 118, None), (0, None), (0, 1, 64, 113), (0, 59, 61, None))
+"""Of consecutive samples: borders inside shards and on them, one long document, a padded tail, one-token documents.
+None is the end of the sample."""
 
 
 @dataclass
@@ -73,76 +59,64 @@ class Result:
     """Gradients that are absolutely zero in the reference and not in ours."""
 
 
-def plan_of(case: Case, world_size: int) -> JobPlan:
+def plan_of(case: Case, weights: Path) -> JobPlan:
     """The real plan of a case, through the real recipe."""
-    config = ARCHITECTURES[case.architecture] | {"vocab_size": VOCAB}
     asked = [
-        "model.config=" + json.dumps(config),
-        f"data.seq_len={SEQ_LEN}",
+        f"model.name_or_path={weights}",
+        f"data.seq_len={case.seq_len}",
         f"parallel.sp={case.sp}",
-        f"hardware.gpus_per_node={world_size}",
+        f"hardware.gpus_per_node={case.ranks}",
         f"zero.stage={case.stage}",
         f"train.grad_accumulation={case.accumulation}",
-        "train.self_check=null",
-        "memory.tiled_loss.tile_tokens=11",
-        "memory.tiled_mlp.tile_tokens=13",
-        "optimizer={name: sgd, lr: 1e-5, weight_decay: 0.0}",
+        f"train.self_check={{tokens: {case.seq_len}, tolerance: 3e-6}}",
         *case.overrides,
     ]
-    return plan_job(load("tiny", overrides=asked))
+    return plan_job(load(BASE, overrides=asked))
 
 
-def whole_sample(position: int) -> Batch:
+def whole_sample(position: int, seq_len: int) -> Batch:
     """The `position`-th sample of training, whole. Valid labels are unequal over samples and shards, on purpose."""
-    bounds = DOCUMENTS[position % len(DOCUMENTS)]
+    bounds = tuple(seq_len if bound is None else bound for bound in DOCUMENTS[position % len(DOCUMENTS)])
     generator = torch.Generator().manual_seed(100 + position)
-    input_ids = torch.randint(3, VOCAB, (SEQ_LEN,), generator=generator)
+    input_ids = torch.randint(3, VOCAB, (seq_len,), generator=generator)
     labels = input_ids.roll(-1)
     labels[[stop - 1 for stop in bounds[1:]]] = IGNORE_INDEX
     labels[bounds[-1] :] = IGNORE_INDEX
-    labels[torch.rand(SEQ_LEN, generator=generator) < (0.0, 0.6, 0.3)[position % 3]] = IGNORE_INDEX
+    labels[torch.rand(seq_len, generator=generator) < (0.0, 0.6, 0.3)[position % 3]] = IGNORE_INDEX
     if position % 2 == 0:
-        labels[: SEQ_LEN // 2] = IGNORE_INDEX  # with sp = 2 the first rank has nothing to learn
-    position_ids = torch.cat([torch.arange(stop - start) for start, stop in pairwise((*bounds, SEQ_LEN))])
+        labels[: seq_len // 2] = IGNORE_INDEX  # with sp = 2 the first rank has nothing to learn
+    position_ids = torch.cat([torch.arange(stop - start) for start, stop in pairwise((*bounds, seq_len))])
     return Batch(
         input_ids=input_ids[None],
         labels=labels[None],
-        position_ids=position_ids[:SEQ_LEN][None],
+        position_ids=position_ids[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         n_tokens=bounds[-1],
         n_valid=int((labels != IGNORE_INDEX).sum()),
-        seq_len=SEQ_LEN,
+        seq_len=seq_len,
         sample=position,
     )
 
 
-def shard_batch(whole: Batch, mesh: Mesh) -> Batch:
-    part = shard_of(mesh.sp_rank, sp=mesh.sp, seq_len=SEQ_LEN)
-    cut = slice(part.start, part.stop)
-    values = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
-    for name in ("input_ids", "labels", "position_ids"):
-        values[name] = values[name][:, cut]
-    return Batch(**values)
-
-
-def build(recipe: ModelRecipe, *, attention: str, dtype: torch.dtype) -> Any:
-    """The same weights every time; scaled up, so that attention is far from uniform."""
-    model = build_model(recipe, attention=attention, seed=0).to(dtype)
-    generator = torch.Generator().manual_seed(7)
+def save_weights(architecture: str, folder: Path) -> None:
+    """A Hugging Face folder of the architecture; weights scaled up, so that attention is far from uniform."""
+    config = dict(ARCHITECTURES[architecture] | {"vocab_size": VOCAB})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
                 parameter.mul_(4.0)
             if "sinks" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator).to(dtype))
-    return model
+                parameter.normal_()
+    model.save_pretrained(folder)
 
 
 def reference(plan: JobPlan, samples: list[list[Batch]], *, dtype: torch.dtype) -> list[tuple[float, dict[str, Any]]]:
     """(loss, gradients) of each step: stock, a document at a time, SGD."""
     # In float64 through sdpa: eager attention itself drops to float32 for its softmax.
     attention = "sdpa" if dtype == torch.float64 else "eager"
-    model = build(plan.recipe.model, attention=attention, dtype=dtype)
+    model = build_model(plan.recipe.model, attention=attention, seed=0).to(dtype)
     found = []
     for step in samples:
         valid = sum(batch.n_valid for batch in step)
@@ -182,14 +156,18 @@ def distributed(
     case: Case, plan: JobPlan, mesh: Mesh, samples: list[list[Batch]]
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """(loss, gradients) of each step through the project's own model, engine and loss scale."""
-    dtype = torch.float32 if case.engine else torch.float64
-    model = build(plan.recipe.model, attention=ALST_ATTENTION, dtype=dtype)
+    zero3 = zero3_config(plan) if case.engine else None
+    model = build_model(plan.recipe.model, attention=ALST_ATTENTION, seed=0, zero3=zero3)
+    if not case.engine:
+        model = model.double()
     attached = attach_features(model, plan)
     engine = create_engine(model, plan, attached) if case.engine else None
     trainee = Trainee(engine, plan, mesh, CpuKernel(), torch.device("cpu"))
+    if case.self_check:
+        self_check(trainee, samples[0][0])
     for step in samples:
         valid = sum(batch.n_valid for batch in step)
-        mine = [shard_batch(batch, mesh) for batch in step[mesh.dp_rank :: mesh.dp]]
+        mine = [shard_of_sample(batch, mesh) for batch in step[mesh.dp_rank :: mesh.dp]]
         total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(mine):
             loss = (engine or model)(**model_inputs(batch, trainee))
@@ -208,28 +186,57 @@ def distributed(
         engine.destroy()
 
 
+@contextmanager
+def sabotaged(what: str) -> Iterator[None]:
+    """Our code broken in one place: each of these once stood in somebody's trainer."""
+
+    def twice_the_scale(plan: JobPlan, valid_tokens: int) -> float:
+        return 2 * right(plan, valid_tokens)
+
+    def one_document(cu_seqlens: torch.Tensor, *, device: torch.device) -> Segments:
+        return segments_of(cu_seqlens[[0, -1]], device=device)
+
+    def one_key_ahead(scores: torch.Tensor, block: Any, window: int | None) -> None:
+        hide(scores, replace(block, q0=block.q0 + 1, q1=block.q1 + 1), window)
+
+    hide, right = cpu._hide, loss_scale
+    targets = {
+        "scale": (sys.modules[__name__], "loss_scale", twice_the_scale),
+        "boundary": (step_module, "segments_of", one_document),
+        "mask": (cpu, "_hide", one_key_ahead),
+    }
+    if not what:
+        yield
+        return
+    with mock.patch.object(targets[what][0], targets[what][1], targets[what][2]):
+        yield
+
+
 def _gradients(model: Any, engine: Any) -> dict[str, Any]:
     if engine is not None:
-        return {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
+        found = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
+        # ZeRO-0 gives its own tensors, which clipping changes in place.
+        return {name: grad if grad is None else grad.clone() for name, grad in found.items()}
     for parameter in model.parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def compare(case: Case, mesh: Mesh) -> Result:
+def compare(case: Case, mesh: Mesh, weights: Path) -> Result:
     """Run a case on all ranks; the result is rank 0's."""
-    plan = plan_of(case, mesh.world_size)
+    plan = plan_of(case, weights)
+    per_step = plan.samples_per_step
     samples = [
-        [whole_sample(step * plan.samples_per_step + offset) for offset in range(plan.samples_per_step)]
+        [whole_sample(step * per_step + offset, case.seq_len) for offset in range(per_step)]
         for step in range(case.steps)
     ]
     exact = reference(plan, samples, dtype=torch.float64)
-    stock = reference(plan, samples, dtype=torch.float32) if case.engine else exact
+    stock = reference(plan, samples, dtype=getattr(torch, plan.recipe.model.dtype)) if case.engine else exact
     result = Result()
-    for (loss, gradients), (exact_loss, exact_grads), (_, stock_grads) in zip(
-        distributed(case, plan, mesh, samples), exact, stock, strict=True
-    ):
+    with sabotaged(case.sabotage):
+        found = list(distributed(case, plan, mesh, samples))
+    for (loss, gradients), (exact_loss, exact_grads), (_, stock_grads) in zip(found, exact, stock, strict=True):
         result.loss = max(result.loss, abs(loss - exact_loss) / max(abs(exact_loss), 1e-30))
         result.rounding = max(result.rounding, *_differences(stock_grads, exact_grads).values())
         ours = _differences(gradients, exact_grads)
@@ -255,17 +262,24 @@ def _differences(gradients: dict[str, Any], exact: dict[str, torch.Tensor]) -> d
     return found
 
 
-def main(cases_path: str, results_path: str) -> None:
-    cases = [Case(**raw | {"overrides": tuple(raw["overrides"])}) for raw in json.loads(Path(cases_path).read_text())]
+def main(cases_path: str, folder: str) -> None:
+    raw_cases = json.loads(Path(cases_path).read_text())
+    cases = [Case(**raw | {"overrides": tuple(raw["overrides"])}) for raw in raw_cases]
+    weights = {name: Path(folder) / "weights" / name for name in {case.architecture for case in cases}}
     torch.set_num_threads(1)
-    init_distributed(plan_of(cases[0], int(os.environ["WORLD_SIZE"])))
+    if os.environ["RANK"] == "0":
+        for name, path in weights.items():
+            save_weights(name, path)
+    # Any plan for the CPU starts the process group.
+    init_distributed(plan_job(load("tiny", overrides=["hardware.gpus_per_node=1"])))
+    dist.barrier()
     register()
     meshes = {sp: create_mesh(sp) for sp in sorted({case.sp for case in cases})}
     results = {}
     for case in cases:
-        results[case.name] = asdict(compare(case, meshes[case.sp]))
+        results[case.name] = asdict(compare(case, meshes[case.sp], weights[case.architecture]))
         if dist.get_rank() == 0:
-            Path(results_path).write_text(json.dumps(results))
+            (Path(folder) / "results.json").write_text(json.dumps(results))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo and DeepSpeed abort in about one orderly exit of eight

@@ -3,12 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from pipeline.errors import RunError
+from pipeline.errors import RecipeError, RunError
 from pipeline.memory import activation_checkpoint, tiled_loss, tiled_mlp
 from pipeline.memory.offload import DeviceStore, HostStore
-from pipeline.memory.tiled_loss import IGNORE_INDEX, LogitsTransform
+from pipeline.memory.tiled_loss import IGNORE_INDEX, LogitsTransform, logits_transform
+from pipeline.memory.tiled_mlp import TiledMLP
+from pipeline.model.tiny import tiny_config
 
 SEQ_LEN, VOCAB = 37, 61
 
@@ -149,3 +152,184 @@ def test_evaluation_without_gradients_gives_the_same_loss():
     with torch.no_grad():
         evaluation = tiled_loss.tiled_loss(hidden, weight, None, labels, **options)
     assert torch.equal(training.detach(), evaluation)
+
+
+# Blocks of experts
+
+
+class Experts(nn.Module):
+    """Parameters of its own, a router, and a tuple for the layer: what blocks of experts do in transformers."""
+
+    def __init__(self, experts: int = 4) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, experts, bias=False)
+        self.experts = nn.ParameterList(nn.Parameter(torch.randn(8, 8)) for _ in range(experts))
+        self.shared = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, hidden_states):
+        scores = self.router(hidden_states).softmax(-1)
+        chosen = scores.argmax(-1)
+        out = hidden_states @ self.shared
+        for index, weight in enumerate(self.experts):
+            taken = (chosen == index)[..., None]
+            if taken.any():
+                out = out + taken * scores[..., index, None] * (hidden_states @ weight)
+        return out, scores
+
+
+def experts() -> Experts:
+    torch.manual_seed(3)
+    return Experts().double()
+
+
+def hidden_of_experts() -> torch.Tensor:
+    return torch.randn(1, 29, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64).abs()
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 4, 28, 29, 100])
+def test_a_tiled_block_of_experts_trains_as_the_stock_block(tile_tokens):
+    stock, tiled = experts(), TiledMLP(experts(), tile_tokens=tile_tokens)
+    assert [name for name, _ in tiled.named_parameters()] == [name for name, _ in stock.named_parameters()]
+    results = []
+    for block in (stock, tiled):
+        hidden = hidden_of_experts().requires_grad_()
+        out = block(hidden)[0]
+        (out.square().sum() * 0.3).backward()
+        results.append([out, hidden.grad, *(p.grad for p in block.parameters())])
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_block_returns_beside_its_output_is_none():
+    out, scores = TiledMLP(experts(), tile_tokens=4)(hidden_of_experts())
+    assert out.shape == (1, 29, 8)
+    assert scores is None
+
+
+def test_an_expert_that_no_token_chose_has_a_gradient_of_zero_so_that_no_rank_waits_for_it():
+    block = experts()
+    with torch.no_grad():
+        block.router.weight[2] = -100.0  # inputs are positive
+    tiled = TiledMLP(block, tile_tokens=4)
+    tiled(hidden_of_experts())[0].sum().backward()
+    assert torch.equal(tiled.experts[2].grad, torch.zeros(8, 8, dtype=torch.float64))
+    assert all(parameter.grad is not None for parameter in tiled.parameters())
+
+
+def test_frozen_parameters_of_an_mlp_stay_without_gradient():
+    block = experts()
+    block.shared.requires_grad_(False)
+    tiled = TiledMLP(block, tile_tokens=4)
+    tiled(hidden_of_experts())[0].sum().backward()
+    assert tiled.shared.grad is None
+    assert tiled.router.weight.grad is not None
+
+
+def test_training_mode_reaches_the_mlp_inside():
+    tiled = TiledMLP(experts(), tile_tokens=4)
+    assert not tiled.eval().stock.training
+    assert tiled.train().stock.training
+
+
+def test_an_mlp_that_returns_another_dtype_keeps_it():
+    class Widening(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).double()
+
+    tiled = TiledMLP(Widening(8, 8), tile_tokens=4)
+    hidden = torch.randn(1, 9, 8, requires_grad=True)
+    out = tiled(hidden)
+    out.sum().backward()
+    assert out.dtype == torch.float64
+    assert hidden.grad.dtype == tiled.weight.grad.dtype == torch.float32
+
+
+# What cannot be tiled
+
+
+def test_recorded_router_logits_are_refused_because_they_would_get_no_gradient():
+    model = llama()
+    model.config.output_router_logits = True
+    with pytest.raises(RecipeError, match=r"output_router_logits = True: must be false.*no gradient; set"):
+        tiled_mlp.attach(model, tile_tokens=4)
+
+
+def test_a_layer_without_an_mlp_of_its_own_is_refused_by_name():
+    model = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(RecipeError, match=r"OPTDecoderLayer has no MLP of its own among .*fc1.*; set memory.tiled_mlp"):
+        tiled_mlp.attach(model, tile_tokens=4)
+
+
+def test_every_mlp_of_a_layer_is_tiled():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["granitemoeshared"](**tiny_config("granitemoeshared")))
+    tiled_mlp.attach(model, tile_tokens=4)
+    for layer in model.model.layers:
+        assert isinstance(layer.block_sparse_moe, TiledMLP)
+
+
+def test_an_mlp_that_takes_more_than_hidden_states_is_refused_by_name():
+    with pytest.raises(RunError, match=r"Experts takes more than hidden states; set memory.tiled_mlp: null"):
+        TiledMLP(experts(), tile_tokens=4)(hidden_of_experts(), residual=hidden_of_experts())
+
+
+def test_an_mlp_that_changes_the_shape_is_refused_by_name():
+    with pytest.raises(RunError, match=r"Linear does not return what it takes; set memory.tiled_mlp: null"):
+        TiledMLP(nn.Linear(8, 4), tile_tokens=4)(torch.randn(1, 9, 8))
+
+
+# What is around the head
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "expected"),
+    [
+        ("llama", {}, LogitsTransform()),
+        ("granite", {"logits_scaling": 8.0}, LogitsTransform(1 / 8)),
+        ("hyperclovax", {"logits_scaling": 8.0}, LogitsTransform(8.0)),
+        ("cohere", {"logit_scale": 0.0625}, LogitsTransform(0.0625)),
+        ("gemma2", {"final_logit_softcapping": 30.0}, LogitsTransform(softcap=30.0)),
+        ("gemma2", {"final_logit_softcapping": None}, LogitsTransform()),
+        ("minicpm3", {"hidden_size": 64, "dim_model_base": 16}, LogitsTransform(0.25)),
+        ("phi", {}, LogitsTransform()),
+    ],
+)
+def test_what_a_model_does_around_its_head_is_taken_from_its_own_forward(model_type, config, expected):
+    settings = CONFIG_MAPPING[model_type](**tiny_config(model_type, config))
+    with torch.device("meta"):  # no weights are needed
+        model = AutoModelForCausalLM.from_config(settings)
+    assert logits_transform(model) == expected
+
+
+class Squared(LlamaForCausalLM):
+    def forward(self, **inputs):
+        out = LlamaForCausalLM.forward(self, **inputs)
+        out.logits = out.logits.square()
+        return out
+
+
+class Tempered(LlamaForCausalLM):
+    def forward(self, **inputs):
+        out = LlamaForCausalLM.forward(self, **inputs)
+        out.logits = out.logits / 1.01
+        return out
+
+
+@pytest.mark.parametrize("strange", [Squared, Tempered])
+def test_logits_changed_in_a_way_that_is_not_known_are_refused_rather_than_trained_wrongly(strange):
+    model = llama()
+    model.__class__ = strange
+    with pytest.raises(RunError, match="changes logits in a way that is not known here"):
+        tiled_loss.attach(model, tile_tokens=4)
+
+
+def test_hidden_states_changed_before_the_head_are_refused():
+    class Shifted(LlamaForCausalLM):
+        def forward(self, input_ids):
+            out = self.model(input_ids=input_ids)
+            out.logits = self.lm_head(out.last_hidden_state + 1)
+            return out
+
+    model = llama()
+    model.__class__ = Shifted
+    with pytest.raises(RunError, match="changes hidden states before its head"):
+        tiled_loss.attach(model, tile_tokens=4)

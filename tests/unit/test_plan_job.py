@@ -204,7 +204,9 @@ def test_sp_is_accepted_exactly_where_it_deals_all_heads_evenly_and_divides_the_
         pytest.param(["model.config.vocab_size=0"], "vocab_size = 0: must be a whole number > 0", id="no vocabulary"),
         pytest.param(["model.config.num_hidden_layers=2.5"], "num_hidden_layers = 2.5: must be a", id="half a layer"),
         pytest.param(["model.config.num_attention_heads=true"], "num_attention_heads = True: must", id="true heads"),
-        pytest.param(["model.config={model_type: x, vocab_size: null}"], "vocab_size; add it", id="size set to null"),
+        pytest.param(
+            ["model.config={model_type: llama, vocab_size: null}"], "vocab_size; add it", id="size set to null"
+        ),
     ],
 )
 def test_numbers_that_do_not_go_together_are_told_with_value_rule_and_remedy(overrides, told):
@@ -222,8 +224,10 @@ def test_the_model_of_a_recipe_needs_its_sizes(tmp_path):
     config = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = load("tiny", overrides=[f"model={{name_or_path: '{tmp_path}'}}"]).model
-    with pytest.raises(RecipeError, match="has no vocab_size; add it"):
+    with pytest.raises(RecipeError, match="has no model_type; add it"):
         model_shape(recipe.model_copy(update={"config": {}}))
+    with pytest.raises(RecipeError, match="has no vocab_size; add it"):
+        model_shape(recipe.model_copy(update={"config": {"model_type": "llama"}}))
 
 
 # Models that lie in a folder
@@ -254,9 +258,11 @@ def test_a_model_folder_gives_the_shape_and_the_recipe_overrides_it(tmp_path):
     assert folder_shape(tmp_path, num_hidden_layers=7) == replace(shape, num_layers=7)
 
 
-def test_a_text_model_inside_a_larger_one_is_found(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "outer", "text_config": STORED}))
-    assert folder_shape(tmp_path).num_layers == 3
+def test_a_text_model_inside_a_larger_one_is_refused_by_the_type_of_the_larger(tmp_path):
+    """transformers would build the larger one."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": STORED}))
+    with pytest.raises(RecipeError, match=r"'gemma3': .*a model of more than text.*gemma3_text"):
+        folder_shape(tmp_path)
 
 
 def test_a_model_in_the_hugging_face_cache_is_found_by_name_and_revision(tmp_path, monkeypatch):

@@ -5,12 +5,13 @@ Letters: T tokens, H query heads, J KV heads, G = H / J, D head dim, Q and K tok
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from pipeline.attention.kernels import AttentionGrads, Scoring
+from pipeline.attention.kernels.interface import AttentionGrads, Capabilities, Scoring
 from pipeline.attention.segments import Segments
 
 QUERY_BLOCK = 128  # the scores of a block stay in a core's cache; 64 and 128 ran alike at head dim 32, 256 slower
@@ -29,6 +30,14 @@ class _Block:
 
 class CpuKernel:
     name = "cpu"
+    capabilities = Capabilities(
+        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        head_dims=None,
+        window=True,
+        softcap_max_head_dim=sys.maxsize,
+        deterministic_max_head_dim=sys.maxsize,
+        max_elements=None,
+    )
 
     def forward(
         self,

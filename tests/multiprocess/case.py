@@ -1,0 +1,43 @@
+"""A point of the parity suite: architecture, mesh, engine, and what the recipe overrides."""
+
+from dataclasses import dataclass
+
+LOCAL_SEQ_LEN = {1: 119, 2: 61, 4: 31, 8: 15}
+"""By sp. Odd, and no multiple of any tile."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A point of the parity suite. Whatever is not named is as in configs/tiny.yaml."""
+
+    architecture: str = "llama"
+    sp: int = 1
+    stage: int = 3
+    accumulation: int = 1
+    dp: int = 1
+    overrides: tuple[str, ...] = ()
+    engine: bool = True
+    """False: no DeepSpeed, in float64."""
+    steps: int = 1
+    sabotage: str = ""
+    """What is broken on purpose: scale, boundary or mask. The suite must see it."""
+    self_check: bool = False
+    """Run the start-up check first; what follows must not notice."""
+
+    @property
+    def ranks(self) -> int:
+        return self.sp * self.dp
+
+    @property
+    def seq_len(self) -> int:
+        return self.sp * LOCAL_SEQ_LEN[self.sp]
+
+    @property
+    def name(self) -> str:
+        engine = f"zero{self.stage}" if self.engine else "float64"
+        extra = "".join(f" {override}" for override in self.overrides)
+        steps = f" steps{self.steps}" if self.steps > 1 else ""
+        check = " self-check" if self.self_check else ""
+        check += f" broken {self.sabotage}" if self.sabotage else ""
+        mesh = f"sp{self.sp} dp{self.dp}"
+        return f"{self.architecture} {mesh} {engine} accumulation{self.accumulation}{steps}{check}{extra}"
