@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.errors import RecipeError
+from pipeline.plan.model_support import require_exact, require_supported
 from pipeline.recipe.schema import ModelRecipe
 
 
@@ -39,14 +40,26 @@ def build_model(
 
 
 def transformers_config(recipe: ModelRecipe) -> Any:
-    """The model's config with the recipe's overrides. Raises RecipeError if it is unknown or not at hand."""
+    """The model's config with the recipe's overrides.
+
+    Raises RecipeError if it is unknown, not at hand, or of a model that would not train exactly.
+    """
     overrides = dict(recipe.config)
     if recipe.name_or_path is None:
         model_type = overrides.pop("model_type")
         if model_type not in CONFIG_MAPPING:
             raise RecipeError(f"model.config.model_type = {model_type!r}: transformers does not know it; correct it")
-        return CONFIG_MAPPING[model_type](**overrides)
-    try:
-        return AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision, **overrides)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model.name_or_path = {recipe.name_or_path!r}: {error}") from error
+        config = CONFIG_MAPPING[model_type](**overrides)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision, **overrides)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"model.name_or_path = {recipe.name_or_path!r}: {error}") from error
+    check_config(config)
+    return config
+
+
+def check_config(config: Any) -> None:
+    """Raises RecipeError if a model of this transformers config would not train exactly. Needs no weights."""
+    require_supported(config.model_type)
+    require_exact(config.to_dict())

@@ -19,6 +19,8 @@ class Case:
     engine: bool = True
     """False: no DeepSpeed, in float64."""
     steps: int = 1
+    no_labels: bool = False
+    """Every label of every sample is ignored: nothing to learn, and nothing may move."""
     sabotage: str = ""
     """What is broken on purpose: scale, boundary or mask. The suite must see it."""
     self_check: bool = False
@@ -38,6 +40,7 @@ class Case:
         extra = "".join(f" {override}" for override in self.overrides)
         steps = f" steps{self.steps}" if self.steps > 1 else ""
         check = " self-check" if self.self_check else ""
+        check += " no labels" if self.no_labels else ""
         check += f" broken {self.sabotage}" if self.sabotage else ""
         mesh = f"sp{self.sp} dp{self.dp}"
         return f"{self.architecture} {mesh} {engine} accumulation{self.accumulation}{steps}{check}{extra}"

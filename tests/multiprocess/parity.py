@@ -9,9 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from pipeline.attention.segments import Segments, segments_of
 from pipeline.data.batch import IGNORE_INDEX, Batch
 from pipeline.memory.apply import attach_features
 from pipeline.model.build import build_model
+from pipeline.model.parity import NothingBelowFloat64
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.recipe.load import load
@@ -113,10 +114,9 @@ def save_weights(architecture: str, folder: Path) -> None:
 
 
 def reference(plan: JobPlan, samples: list[list[Batch]], *, dtype: torch.dtype) -> list[tuple[float, dict[str, Any]]]:
-    """(loss, gradients) of each step: stock, a document at a time, SGD."""
-    # In float64 through sdpa: eager attention itself drops to float32 for its softmax.
-    attention = "sdpa" if dtype == torch.float64 else "eager"
-    model = build_model(plan.recipe.model, attention=attention, seed=0).to(dtype)
+    """(loss, gradients) of each step: stock, a document at a time, plain torch."""
+    model = in_dtype(build_model(plan.recipe.model, attention="eager", seed=0), dtype)
+    optimizer = _plain_optimizer(model, plan)
     found = []
     for step in samples:
         valid = sum(batch.n_valid for batch in step)
@@ -124,24 +124,38 @@ def reference(plan: JobPlan, samples: list[list[Batch]], *, dtype: torch.dtype) 
         total = 0.0
         for batch in step:
             for start, stop in pairwise(batch.cu_seqlens.tolist()):
-                loss = _document_loss(model, batch, slice(start, stop)) / max(valid, 1)
-                loss.backward()
+                with exactly(dtype):
+                    loss = _document_loss(model, batch, slice(start, stop)) / max(valid, 1)
+                    loss.backward()
                 total += float(loss.detach())
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found.append((total, gradients))
-        _clipped_sgd(model, gradients, plan)
+        if plan.recipe.train.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), plan.recipe.train.grad_clip)
+        optimizer.step()
     return found
 
 
-def _clipped_sgd(model: Any, gradients: dict[str, Any], plan: JobPlan) -> None:
-    """The update that DeepSpeed makes with this recipe."""
-    norm = float(torch.stack([grad.double().norm() for grad in gradients.values()]).norm())
-    clip = plan.recipe.train.grad_clip
-    factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in gradients:
-                parameter -= plan.recipe.optimizer.lr * factor * gradients[name]
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another dtype; in float64 with experts one by one, for the fused ones do not know it."""
+    if dtype == torch.float64:
+        model.config.get_text_config()._experts_implementation = "eager"
+    return model.to(dtype)
+
+
+def exactly(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """In float64 nothing drops to float32, as stock norms, routers and softmax otherwise do."""
+    return NothingBelowFloat64() if dtype == torch.float64 else nullcontext()
+
+
+def _plain_optimizer(model: Any, plan: JobPlan) -> torch.optim.Optimizer:
+    """torch's own, as the recipe asks."""
+    recipe = plan.recipe.optimizer
+    if recipe.name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=recipe.lr)
+    return torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+    )
 
 
 def _document_loss(model: Any, batch: Batch, document: slice) -> torch.Tensor:
@@ -159,7 +173,7 @@ def distributed(
     zero3 = zero3_config(plan) if case.engine else None
     model = build_model(plan.recipe.model, attention=ALST_ATTENTION, seed=0, zero3=zero3)
     if not case.engine:
-        model = model.double()
+        model = in_dtype(model, torch.float64)
     attached = attach_features(model, plan)
     engine = create_engine(model, plan, attached) if case.engine else None
     trainee = Trainee(engine, plan, mesh, CpuKernel(), torch.device("cpu"))
@@ -170,17 +184,22 @@ def distributed(
         mine = [shard_of_sample(batch, mesh) for batch in step[mesh.dp_rank :: mesh.dp]]
         total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(mine):
-            loss = (engine or model)(**model_inputs(batch, trainee))
-            total += loss.detach().double()
             if engine is None:
-                (loss / max(valid, 1)).backward()
+                with exactly(torch.float64):
+                    loss = model(**model_inputs(batch, trainee))
+                    (loss / max(valid, 1)).backward()
+                total += loss.detach()
                 continue
+            loss = engine(**model_inputs(batch, trainee))
+            total += loss.detach().double()
             engine.backward(loss * loss_scale(plan, valid))
             if number < len(mine) - 1:
                 engine.step()
         dist.all_reduce(total)
         yield float(total) / max(valid, 1), _gradients(model, engine)
         if engine is not None:
+            for group in engine.optimizer.param_groups:
+                group["lr"] = plan.recipe.optimizer.lr
             engine.step()
     if engine is not None:
         engine.destroy()
@@ -231,6 +250,10 @@ def compare(case: Case, mesh: Mesh, weights: Path) -> Result:
         [whole_sample(step * per_step + offset, case.seq_len) for offset in range(per_step)]
         for step in range(case.steps)
     ]
+    if case.no_labels:
+        for batch in chain(*samples):
+            batch.labels.fill_(IGNORE_INDEX)
+        samples = [[replace(batch, n_valid=0) for batch in step] for step in samples]
     exact = reference(plan, samples, dtype=torch.float64)
     stock = reference(plan, samples, dtype=getattr(torch, plan.recipe.model.dtype)) if case.engine else exact
     result = Result()

@@ -16,6 +16,7 @@ from pipeline.attention.segments import segments_of
 from pipeline.errors import RecipeError, RunError
 from pipeline.memory import tiled_loss
 from pipeline.memory.tiled_loss import LogitsTransform
+from pipeline.model.build import check_config
 from pipeline.model.parity import (
     BOUNDS,
     Difference,
@@ -25,7 +26,7 @@ from pipeline.model.parity import (
     train_attached,
     train_stock,
 )
-from pipeline.model.support import BOUND, check_config, model_types, probe
+from pipeline.model.support import BOUND, model_types, probe
 from pipeline.model.tiny import WINDOW
 from pipeline.parallel.mesh import Mesh
 from pipeline.plan.model_support import supported_models
