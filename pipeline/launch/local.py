@@ -62,7 +62,8 @@ def run_ranks(plan: JobPlan, run_dir: RunDir, *, stage: Stage, ranks: int) -> No
 @contextmanager
 def _started(run_dir: RunDir, stage: Stage, ranks: int, shared: dict[str, str], logs: Path) -> Iterator[list[_Rank]]:
     """The ranks' processes; whatever happens, none is left when the block ends."""
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(run_dir.plan), "--stage", stage]
+    # -P: the folder it is called from may hold a `pipeline` of its own.
+    command = [sys.executable, "-P", "-m", "pipeline.cli", "run", str(run_dir.plan), "--stage", stage]
     before = signal.signal(signal.SIGTERM, _leave)
     started: list[_Rank] = []
     copiers: list[threading.Thread] = []

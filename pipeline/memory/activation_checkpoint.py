@@ -30,7 +30,9 @@ def _checkpoint(store: Store, layer: Callable[..., Any], hidden_states: torch.Te
     for name, value in (*enumerate(others), *keywords.items()):
         if isinstance(value, torch.Tensor) and value.requires_grad:
             raise RunError(f"the layer's argument {name} needs a gradient of its own; this model is not supported")
-    if torch.is_grad_enabled() and not hidden_states.requires_grad:
+    if not torch.is_grad_enabled():
+        return _tensor(layer(hidden_states, *others))
+    if not hidden_states.requires_grad:
         raise RunError("a layer's input needs no gradient (frozen embeddings?): its parameters would get none either")
     out: torch.Tensor = _Checkpoint.apply(lambda hidden: layer(hidden, *others), store, hidden_states)
     return out

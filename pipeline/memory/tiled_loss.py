@@ -184,13 +184,20 @@ class _TiledLoss(torch.autograd.Function):
             dweight += narrow.t() @ x
             if dbias is not None:
                 dbias += dz.sum(0)
-        ctx.save_for_backward(dhidden, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype))
+        ctx.save_for_backward(dhidden, dweight, dbias)
+        ctx.tile_tokens, ctx.weight_dtype = tile_tokens, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = tuple(None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
-        return *scaled, None, None, None
+        dhidden, dweight, dbias = ctx.saved_tensors
+        # The factor stays wide: rounded to bfloat16 it would bias every gradient by up to 0.4 %.
+        factor = grads[0]
+        scaled = torch.empty_like(dhidden)
+        for tile, out in zip(dhidden.split(ctx.tile_tokens), scaled.split(ctx.tile_tokens), strict=True):
+            out.copy_(tile.to(factor.dtype) * factor)
+        dbias = None if dbias is None else (dbias * factor).to(ctx.weight_dtype)
+        return scaled, (dweight * factor).to(ctx.weight_dtype), dbias, None, None, None
 
 
 def _tiles(hidden: torch.Tensor, labels: torch.Tensor, tile_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

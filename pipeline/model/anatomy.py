@@ -28,6 +28,19 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def matmul_parameters(model: PreTrainedModel) -> int | None:
+    """Parameters of the linear maps, the head among them; None where experts hold theirs otherwise.
+
+    Counted also when ZeRO-3 has partitioned them.
+    """
+    parameters = (parameter for layer in decoder_layers(model) for parameter in layer.parameters())
+    layers = {parameter for parameter in parameters if len(getattr(parameter, "ds_shape", parameter.shape)) > 1}
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    if not layers <= linear:
+        return None
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in linear)
+
+
 def decoder_layers(model: PreTrainedModel) -> list[Any]:
     """In order; untyped, because their attributes are the architecture's. Raises RunError if there are none."""
     layers = [module for module in backbone(model).modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.errors import RecipeError
+from pipeline.plan.model_shape import ModelShape
 from pipeline.plan.model_support import require_exact, require_supported
 from pipeline.recipe.schema import ModelRecipe
 
@@ -57,6 +58,25 @@ def transformers_config(recipe: ModelRecipe) -> Any:
             raise RecipeError(f"model.name_or_path = {recipe.name_or_path!r}: {error}") from error
     check_config(config)
     return config
+
+
+def check_shape(config: Any, shape: ModelShape) -> None:
+    """Raises RecipeError if the plan took other sizes from config.json than transformers' own defaults give."""
+    text = config.get_text_config()
+    for name, planned in (
+        ("hidden_size", shape.hidden_size),
+        ("num_hidden_layers", shape.num_layers),
+        ("num_attention_heads", shape.num_query_heads),
+        ("num_key_value_heads", shape.num_kv_heads),
+        ("head_dim", shape.head_dim),
+        ("vocab_size", shape.vocab_size),
+    ):
+        real = getattr(text, name, None)
+        if real is not None and real != planned:
+            raise RecipeError(
+                f"model.config.{name}: planned as {planned}, but transformers makes it {real}; "
+                f"set model.config.{name}={real}"
+            )
 
 
 def check_config(config: Any) -> None:

@@ -4,8 +4,12 @@ world_size = dp x sp. SP ranks are neighbours, so that the exchange stays inside
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+"""A healthy step can last hours, which torch's ten minutes would end. A rank that dies is noticed by the launcher."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def create_mesh(sp: int) -> Mesh:
     own: dist.ProcessGroup | None = None
     if sp > 1:
         for first in range(0, world_size, sp):
-            group = dist.new_group(list(range(first, first + sp)))
+            group = dist.new_group(list(range(first, first + sp)), timeout=COLLECTIVE_TIMEOUT)
             if first <= rank < first + sp:
                 own = group
     return Mesh(rank=rank, world_size=world_size, sp=sp, sp_group=own)

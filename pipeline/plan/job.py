@@ -138,7 +138,10 @@ def _stored_shape(raw: Any) -> ModelShape:
 def _resolve_sp(recipe: Recipe, shape: ModelShape, world_size: int) -> int:
     """The SP degree: as asked, if heads and world allow it; `auto` is the largest that both allow."""
     heads = shape.num_query_heads
-    fitting = [d for d in divisors(heads) if world_size % d == 0 and _kv_heads_split(shape, d)]
+    per_node = recipe.hardware.gpus_per_node
+    fitting = [
+        d for d in divisors(heads) if world_size % d == 0 and _kv_heads_split(shape, d) and _fits_nodes(d, per_node)
+    ]
     asked = recipe.parallel.sp
     if asked == "auto":
         return fitting[-1]
@@ -152,7 +155,17 @@ def _resolve_sp(recipe: Recipe, shape: ModelShape, world_size: int) -> int:
             f"parallel.sp = {asked}: must divide the {world_size} ranks of hardware.nodes x gpus_per_node; "
             f"use one of {fitting}"
         )
+    if not _fits_nodes(asked, per_node):
+        raise RecipeError(
+            f"parallel.sp = {asked}: must divide hardware.gpus_per_node = {per_node} or be a multiple of it, so that "
+            f"no group straddles nodes; use one of {fitting}"
+        )
     return asked
+
+
+def _fits_nodes(sp: int, gpus_per_node: int) -> bool:
+    """Whether groups of neighbours stay inside a node, or take whole nodes."""
+    return gpus_per_node % sp == 0 or sp % gpus_per_node == 0
 
 
 def _kv_heads_split(shape: ModelShape, sp: int) -> bool:

@@ -30,7 +30,7 @@ class ModelShape:
     def matmul_parameters(self) -> int:
         """Parameters that multiply every token: without the input embedding, with the head; norms and biases left out.
 
-        Counted for gated dense MLPs (llama, qwen, mistral, gemma); the job counts the real model's.
+        For gated dense MLPs (llama, qwen, gemma); the job counts the real model's, and shows no MFU for experts.
         """
         attention = 2 * self.hidden_size * self.head_dim * (self.num_query_heads + self.num_kv_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size

@@ -31,7 +31,7 @@ class ModelRecipe(Section):
     config: dict[str, Any]
     """Overrides of the model's own config.json."""
     dtype: Literal["float32", "bfloat16"]
-    """Of parameters and activations; the optimizer's states stay float32."""
+    """Of parameters and activations."""
     attention: Literal["auto", "cpu", "torch", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
     """The kernel behind attention; `auto` takes the fastest that is present."""
 
@@ -204,8 +204,6 @@ class HardwareRecipe(Section):
     gpus_per_node: Count
     """Ranks per node; on `cpu`, processes."""
     nodes: Count
-    host_memory_gib: Annotated[float, Field(gt=0)] | None
-    """Per node; null is what this machine has."""
 
 
 class Recipe(Section):
@@ -225,9 +223,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _narrow_states_need_a_narrow_model(self) -> "Recipe":
-        if self.optimizer.states_dtype == "bfloat16" and (self.model.dtype != "bfloat16" or self.zero.stage == 0):
+        if self.optimizer.states_dtype == "float32":
+            return self
+        if self.model.dtype != "bfloat16" or self.zero.stage == 0:
             raise ValueError(
                 f"optimizer.states_dtype bfloat16 needs model.dtype bfloat16 and zero.stage 1 to 3, not "
                 f"{self.model.dtype} and {self.zero.stage}; set optimizer.states_dtype: float32"
+            )
+        if self.zero.offload_optimizer and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.states_dtype bfloat16 with zero.offload_optimizer needs optimizer.name adamw, not "
+                f"{self.optimizer.name}; set optimizer.name: adamw"
             )
         return self

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.memory.apply import Attached
+from pipeline.parallel.mesh import COLLECTIVE_TIMEOUT
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.schema import Gpu, OptimizerRecipe, Recipe
 
@@ -23,7 +24,8 @@ def init_distributed(plan: JobPlan) -> None:
         # An all-reduce for inference on one host, which training never calls: without it no compiler is needed, and
         # the first start is not a minute longer. The table is DeepSpeed's own record of which operators can be built.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if plan.recipe.hardware.gpu is Gpu.CPU else "nccl")
+    backend = "gloo" if plan.recipe.hardware.gpu is Gpu.CPU else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT)
 
 
 def create_engine(model: PreTrainedModel, plan: JobPlan, attached: Attached) -> Any:
@@ -59,7 +61,9 @@ def create_optimizer(model: PreTrainedModel, plan: JobPlan) -> torch.optim.Optim
         "weight_decay": recipe.weight_decay,
     }
     if plan.recipe.zero.offload_optimizer == "cpu":
-        on_host: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+        on_host: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
+            parameters, adamw_mode=True, fp32_optimizer_states=recipe.states_dtype == "float32", **options
+        )
         return on_host
     return torch.optim.AdamW(parameters, **options)
 
@@ -68,6 +72,14 @@ def _bfloat16_states(recipe: Recipe) -> dict[str, bool]:
     """Master weights, gradients and moments in bfloat16: 8 bytes per parameter instead of 16."""
     on = recipe.optimizer.states_dtype == "bfloat16"
     return {"bf16_master_weights_and_grads": on, "bf16_optimizer_states": on}
+
+
+def _sum_dtype(recipe: Recipe) -> str | None:
+    """In which gradients of several micro-batches are summed: as wide as the optimizer's states. Stage 0 of DeepSpeed
+    knows no other dtype than the model's."""
+    if recipe.zero.stage == 0:
+        return None
+    return "bf16" if recipe.optimizer.states_dtype == "bfloat16" else "fp32"
 
 
 def zero3_config(plan: JobPlan) -> dict[str, Any] | None:
@@ -89,6 +101,7 @@ def deepspeed_config(plan: JobPlan) -> dict[str, Any]:
         "gradient_clipping": recipe.train.grad_clip or 0.0,
         "zero_optimization": zero,
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"} | _bfloat16_states(recipe),
+        "data_types": {"grad_accum_dtype": _sum_dtype(recipe)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 from pipeline.data.loader import StepBatch
 from pipeline.memory.apply import Attached
 from pipeline.metrics.console import ProgressLine
 from pipeline.metrics.meter import StepRecord, StepTimer, step_record
 from pipeline.metrics.tracker import Tracker
+from pipeline.model.anatomy import matmul_parameters
 from pipeline.plan.flops import PEAK_FLOPS, model_flops
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
@@ -24,6 +27,7 @@ class Reporting:
 def train(trainee: Trainee, batches: Iterable[StepBatch], attached: Attached, reporting: Reporting) -> tuple[int, ...]:
     """Run every step of `batches`. Returns each rank's peak host memory in bytes."""
     timer = StepTimer(synchronize=_synchronize(trainee))
+    counted = _counted_parameters(trainee.engine.module)
     peaks: tuple[int, ...] = ()
     iterator = iter(batches)
     while True:
@@ -35,14 +39,20 @@ def train(trainee: Trainee, batches: Iterable[StepBatch], attached: Attached, re
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(trainee, micro_batches, valid_tokens=batch.valid_tokens, learning_rate=rate, timer=timer)
         peaks = result.peak_host_rss_bytes
-        record = _record(trainee, batch, result, timer, rate, attached)
+        record = _record(trainee, batch, result, timer, rate, attached, counted)
         reporting.tracker.log_step(record)
         if reporting.progress is not None:
             reporting.progress.step(record)
 
 
 def _record(
-    trainee: Trainee, batch: StepBatch, result: StepResult, timer: StepTimer, rate: float, attached: Attached
+    trainee: Trainee,
+    batch: StepBatch,
+    result: StepResult,
+    timer: StepTimer,
+    rate: float,
+    attached: Attached,
+    counted: int | None,
 ) -> StepRecord:
     plan = trainee.plan
     return step_record(
@@ -56,13 +66,24 @@ def _record(
         sum_len_squared=batch.sum_len_squared,
         times=timer.end_step(),
         ranks=plan.world_size,
-        model_flops=model_flops(plan.model, tokens=batch.tokens, sum_len_squared=batch.sum_len_squared),
+        model_flops=None
+        if counted is None
+        else model_flops(
+            plan.model, tokens=batch.tokens, sum_len_squared=batch.sum_len_squared, matmul_parameters=counted
+        ),
         peak_flops_per_rank=PEAK_FLOPS.get(plan.recipe.hardware.gpu),
         peak_device_bytes=result.peak_device_bytes,
         peak_host_rss_bytes=max(result.peak_host_rss_bytes),
         offloaded_bytes=0 if attached.store is None else attached.store.peak_bytes,
         eta_seconds=timer.eta_seconds(plan.recipe.train.steps - batch.step - 1),
     )
+
+
+def _counted_parameters(model: PreTrainedModel) -> int | None:
+    """Matmul parameters for MFU; None for experts and windows, whose FLOPs the model's sizes do not tell."""
+    config = model.config.get_text_config()
+    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return None if windows else matmul_parameters(model)
 
 
 def _synchronize(trainee: Trainee) -> Callable[[], None] | None:

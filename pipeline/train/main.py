@@ -5,6 +5,7 @@ Runs in every rank; started by `launch.local` or by a job, through `launch.entry
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,13 @@ from pipeline.attention.kernels.interface import needs_of
 from pipeline.data.batch import batch_of
 from pipeline.data.loader import PackedLoader
 from pipeline.data.packed_dataset import PackedDataset
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.memory.apply import attach_features
 from pipeline.metrics.console import ProgressLine, gib
 from pipeline.metrics.plots import plot_training
 from pipeline.metrics.summary import print_summary, summarize
 from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
-from pipeline.model.build import build_model, transformers_config
+from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir, packed_dir, runs_root
@@ -37,8 +38,11 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
     """Train as planned. Collective over the ranks of torch's environment variables."""
     dataset = PackedDataset.open(packed_dir(plan))
     device = _device(plan)
-    attention = _attention(plan, device)
+    config = transformers_config(plan.recipe.model)
+    check_shape(config, plan.model)
+    attention = _attention(plan, config, device)
     init_distributed(plan)
+    _check_same_kernel(attention)
     mesh = create_mesh(plan.sp)
     register()
     model = build_model(
@@ -77,15 +81,33 @@ def _device(plan: JobPlan) -> torch.device:
             f"hardware.gpu = {plan.recipe.hardware.gpu.value}: this machine has no CUDA device; run where one is, "
             "or set hardware.gpu=cpu"
         )
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", torch.cuda.current_device())
+    asked, local_rank = plan.recipe.hardware.gpu.value, int(os.environ["LOCAL_RANK"])
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"hardware.gpus_per_node = {plan.recipe.hardware.gpus_per_node}: this machine has "
+            f"{torch.cuda.device_count()}; set hardware.gpus_per_node={torch.cuda.device_count()}"
+        )
+    name = torch.cuda.get_device_name(local_rank)
+    if asked.partition("-")[0] not in name:
+        raise UserError(f"hardware.gpu = {asked}: this machine has {name}; name it, or MFU would be of another GPU")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def _attention(plan: JobPlan, device: torch.device) -> Choice:
+def _attention(plan: JobPlan, config: Any, device: torch.device) -> Choice:
     """The kernel that the recipe asks for and the model needs; refused here, before weights load, if there is none."""
-    model = plan.recipe.model
-    needs = needs_of(transformers_config(model), dtype=getattr(torch, model.dtype), sp=plan.sp)
-    return choose(model.attention, device=device, needs=needs)
+    needs = needs_of(config, dtype=getattr(torch, plan.recipe.model.dtype), sp=plan.sp)
+    return choose(plan.recipe.model.attention, device=device, needs=needs)
+
+
+def _check_same_kernel(attention: Choice) -> None:
+    """Raises RunError if a rank found other kernels than the rest, and the parts of a sequence would differ."""
+    mine = f"{attention.kernel.name} ({attention.detail})"
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    if len(set(found)) > 1:
+        told = ", ".join(f"rank {rank}: {name}" for rank, name in enumerate(found))
+        raise RunError(f"ranks found different attention kernels ({told}); name one as model.attention")
 
 
 def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset) -> PackedLoader:

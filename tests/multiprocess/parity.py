@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,7 @@ from pipeline.attention.kernels.cpu import CpuKernel
 from pipeline.attention.segments import Segments, segments_of
 from pipeline.data.batch import IGNORE_INDEX, Batch
 from pipeline.memory.apply import attach_features
+from pipeline.metrics.meter import StepTimer
 from pipeline.model.build import build_model
 from pipeline.model.parity import NothingBelowFloat64
 from pipeline.parallel.mesh import Mesh, create_mesh
@@ -37,7 +39,7 @@ from pipeline.recipe.load import load
 from pipeline.train import step as step_module
 from pipeline.train.engine import create_engine, init_distributed, loss_scale, zero3_config
 from pipeline.train.self_check import self_check, shard_of_sample
-from pipeline.train.step import Trainee, model_inputs
+from pipeline.train.step import Trainee, model_inputs, run_step
 from tests.architectures import ARCHITECTURES
 from tests.multiprocess.case import Case
 
@@ -181,28 +183,45 @@ def distributed(
         self_check(trainee, samples[0][0])
     for step in samples:
         valid = sum(batch.n_valid for batch in step)
-        mine = [shard_of_sample(batch, mesh) for batch in step[mesh.dp_rank :: mesh.dp]]
-        total = torch.zeros((), dtype=torch.float64)
-        for number, batch in enumerate(mine):
-            if engine is None:
-                with exactly(torch.float64):
-                    loss = model(**model_inputs(batch, trainee))
-                    (loss / max(valid, 1)).backward()
-                total += loss.detach()
-                continue
-            loss = engine(**model_inputs(batch, trainee))
-            total += loss.detach().double()
-            engine.backward(loss * loss_scale(plan, valid))
-            if number < len(mine) - 1:
-                engine.step()
-        dist.all_reduce(total)
-        yield float(total) / max(valid, 1), _gradients(model, engine)
-        if engine is not None:
-            for group in engine.optimizer.param_groups:
-                group["lr"] = plan.recipe.optimizer.lr
-            engine.step()
+        mine = [model_inputs(shard_of_sample(batch, mesh), trainee) for batch in step[mesh.dp_rank :: mesh.dp]]
+        yield _engine_step(trainee, mine, valid) if case.engine else _plain_step(model, mine, valid)
     if engine is not None:
         engine.destroy()
+
+
+def _engine_step(trainee: Trainee, inputs: list[dict[str, Any]], valid: int) -> tuple[float, dict[str, Any]]:
+    """The product's own step; gradients are taken between its last backward and the update."""
+    engine, gradients = trainee.engine, {}
+    update = type(engine).step
+
+    def taking_gradients(self: Any) -> None:
+        if self.is_gradient_accumulation_boundary():
+            for name, parameter in self.module.named_parameters():
+                grad = safe_get_full_grad(parameter)
+                # ZeRO-0 gives its own tensors, which clipping changes in place.
+                gradients[name] = grad if grad is None else grad.clone()
+        update(self)
+
+    engine.step = MethodType(taking_gradients, engine)
+    rate = trainee.plan.recipe.optimizer.lr
+    result = run_step(trainee, inputs, valid_tokens=valid, learning_rate=rate, timer=StepTimer())
+    del engine.step
+    return result.loss, gradients
+
+
+def _plain_step(model: Any, inputs: list[dict[str, Any]], valid: int) -> tuple[float, dict[str, Any]]:
+    """Without DeepSpeed, in float64: gradients are summed over ranks here."""
+    total = torch.zeros((), dtype=torch.float64)
+    for micro_batch in inputs:
+        with exactly(torch.float64):
+            loss = model(**micro_batch)
+            (loss / max(valid, 1)).backward()
+        total += loss.detach()
+    dist.all_reduce(total)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+    return float(total) / max(valid, 1), {name: p.grad for name, p in model.named_parameters()}
 
 
 @contextmanager
@@ -220,7 +239,7 @@ def sabotaged(what: str) -> Iterator[None]:
 
     hide, right = cpu._hide, loss_scale
     targets = {
-        "scale": (sys.modules[__name__], "loss_scale", twice_the_scale),
+        "scale": (step_module, "loss_scale", twice_the_scale),
         "boundary": (step_module, "segments_of", one_document),
         "mask": (cpu, "_hide", one_key_ahead),
     }
@@ -229,17 +248,6 @@ def sabotaged(what: str) -> Iterator[None]:
         return
     with mock.patch.object(targets[what][0], targets[what][1], targets[what][2]):
         yield
-
-
-def _gradients(model: Any, engine: Any) -> dict[str, Any]:
-    if engine is not None:
-        found = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
-        # ZeRO-0 gives its own tensors, which clipping changes in place.
-        return {name: grad if grad is None else grad.clone() for name, grad in found.items()}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def compare(case: Case, mesh: Mesh, weights: Path) -> Result:

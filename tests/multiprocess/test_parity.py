@@ -68,6 +68,11 @@ ZERO_3_NAMES = ("gemma2", "gpt_oss", "mistral", "phi3", "qwen3_moe", "deepseek_v
 ARCHITECTURES_UNDER_ZERO_3 = [Case(name, sp=2, stage=3) for name in ZERO_3_NAMES]
 ADAM = "optimizer={name: adamw, lr: 1e-2, weight_decay: 0.1}"
 ADAM_STEPS = [Case(sp=2, stage=stage, steps=4, self_check=True, overrides=(ADAM,)) for stage in (0, 1, 2, 3)]
+DEFAULTS = ("model.dtype=bfloat16", "optimizer={name: adamw, lr: 1e-5}", "zero.offload_optimizer=cpu")
+ON_HOST = [
+    Case(sp=2, stage=3, self_check=True, overrides=(*DEFAULTS, "train.self_check.tolerance=3e-2")),
+    Case(sp=2, stage=3, overrides=(*DEFAULTS, "optimizer.states_dtype=bfloat16")),
+]
 ADAM_ON_HOST = Case(sp=2, stage=3, steps=4, self_check=True, overrides=(ADAM, "zero.offload_optimizer=cpu"))
 WHOLE = [*TWO_RANKS, *ARCHITECTURES_AT_SP_2, *ARCHITECTURES_UNDER_ZERO_3]
 BROKEN = [Case(sp=2, sabotage=what) for what in ("scale", "boundary", "mask")]
@@ -101,5 +106,8 @@ def test_adam_takes_the_steps_of_plain_torch_and_has_forgotten_the_self_check(tw
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU Adam at first use, with g++")
-def test_adam_on_the_host_takes_the_steps_of_plain_torch(tmp_path):
-    check_adam(run([ADAM_ON_HOST], ranks=2, folder=tmp_path)[ADAM_ON_HOST.name])
+def test_adam_on_the_host_as_in_the_default_recipe(tmp_path):
+    results = run([ADAM_ON_HOST, *ON_HOST], ranks=2, folder=tmp_path)
+    check_adam(results[ADAM_ON_HOST.name])
+    for case in ON_HOST:
+        check(results, case)

@@ -16,7 +16,7 @@ from pipeline.attention.kernels import (
     Scoring,
     available_kernels,
     check_supported,
-    choose_kernel,
+    choose,
     flash_attention_2,
     flash_attention_3,
     flash_attention_4,
@@ -333,10 +333,10 @@ def test_a_machine_with_nothing_says_of_each_kernel_why():
 
 
 def test_the_cpu_has_its_own_kernel_and_no_other():
-    assert choose_kernel("auto", device=CPU).name == "cpu"
-    assert choose_kernel("cpu", device=CPU, needs=LLAMA).name == "cpu"
+    assert choose("auto", device=CPU).kernel.name == "cpu"
+    assert choose("cpu", device=CPU, needs=LLAMA).kernel.name == "cpu"
     with pytest.raises(UserError, match=r"'flash_attention_2' needs a CUDA GPU.*model.attention: auto"):
-        choose_kernel("flash_attention_2", device=CPU)
+        choose("flash_attention_2", device=CPU)
     assert [kernel.name for kernel in available_kernels(CPU) if kernel.present] == ["cpu"]
 
 

@@ -531,3 +531,12 @@ def test_only_a_cpu_recipe_hides_the_gpu_and_only_a_gpu_recipe_sets_the_allocato
     assert "CUDA_VISIBLE_DEVICES" not in names(gpu)
     assert {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} <= names(gpu)
     assert "PYTORCH_ALLOC_CONF" not in names(gpu, "memory.allocator.expandable_segments=false")
+
+
+def test_no_group_of_ranks_that_share_a_sequence_straddles_nodes():
+    """12 heads on 3 nodes of 8: groups of 12 would cross nodes, groups of 4 stay inside."""
+    twelve_heads = ["model.config.num_attention_heads=12", "model.config.num_key_value_heads=12"]
+    asked = [*twelve_heads, "model.config.hidden_size=96", "hardware.nodes=3", "hardware.gpus_per_node=8"]
+    assert plan_job(load("tiny", overrides=asked)).sp == 4
+    with pytest.raises(RecipeError, match=r"sp = 12.*gpus_per_node = 8.*use one of \[1, 2, 4\]"):
+        plan_job(load("tiny", overrides=[*asked, "parallel.sp=12"]))

@@ -188,7 +188,7 @@ def test_a_file_with_a_byte_order_mark_is_read(write):
         pytest.param("data.seq_len=32768.0", "32768.0", "a valid integer", "correct data.seq_len", id="float for int"),
         pytest.param('optimizer.lr="3e-4"', "'3e-4'", "a valid number", "correct optimizer.lr", id="string for float"),
         pytest.param("train.steps=true", "True", "a valid integer", "correct train.steps", id="bool for int"),
-        pytest.param("hardware.host_memory_gib=true", "True", "a valid number", "correct", id="bool for float"),
+        pytest.param("optimizer.weight_decay=true", "True", "a valid number", "correct", id="bool for float"),
         pytest.param("train.micro_batch=true", "True", "must be", "correct train.micro_batch", id="bool for one"),
         pytest.param("tracking.mlflow=1", "= 1", "a valid boolean", "correct tracking.mlflow", id="int for bool"),
         pytest.param("tracking.mlflow=yes", "'yes'", "a valid boolean", "correct tracking.mlflow", id="word for bool"),

@@ -3,7 +3,7 @@
 Because out and lse are ours, a recompute can skip attention, and chunks of a sequence can be merged.
 """
 
-from pipeline.attention.kernels.choice import Choice, available_kernels, choose, choose_kernel
+from pipeline.attention.kernels.choice import Choice, available_kernels, choose
 from pipeline.attention.kernels.interface import (
     AttentionGrads,
     AttentionKernel,
@@ -26,6 +26,5 @@ __all__ = [
     "available_kernels",
     "check_supported",
     "choose",
-    "choose_kernel",
     "needs_of",
 ]

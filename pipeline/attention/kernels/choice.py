@@ -36,13 +36,11 @@ class Choice:
     """Faster ones, each with the reason why it does not run."""
 
 
-def choose_kernel(asked: str, *, device: torch.device, needs: Needs | None = None) -> AttentionKernel:
-    """The kernel for `model.attention`. Raises UserError if what is asked for is absent or cannot do what is needed."""
-    return choose(asked, device=device, needs=needs).kernel
-
-
 def choose(asked: str, *, device: torch.device, needs: Needs | None = None) -> Choice:
-    """As `choose_kernel`, with the reasons."""
+    """The kernel for `model.attention`, and why not a faster one.
+
+    Raises UserError if what is asked for is absent or cannot do what is needed.
+    """
     if device.type != "cuda":
         return _choose_on_cpu(asked, needs)
     compute_capability = torch.cuda.get_device_capability(device)
