@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import read_json, write_json
+from pipeline.data.files import read_json
 from pipeline.errors import DataError
+from pipeline.files import write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

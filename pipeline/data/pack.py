@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data import packed_dataset
-from pipeline.data.files import digest, file_digest, read_json, replaced, write_json
+from pipeline.data.files import digest, file_digest, read_json
 from pipeline.data.manifest import FORMAT_VERSION, Manifest, PackingInputs, PartFile, read_manifest, write_manifest
 from pipeline.data.packed_dataset import SampleContent, SampleIndex, joined_index, load_index, save_index, write_part
 from pipeline.data.packing import PLANNER_VERSION, PackingPlan, load_plan, plan_packing, save_plan
@@ -42,6 +42,7 @@ from pipeline.data.tokenize import (
     train_tokenizer,
 )
 from pipeline.errors import DataError
+from pipeline.files import replaced, write_json
 from pipeline.recipe.schema import Recipe, TrainTokenizer
 
 SAMPLES_PER_PART = 64

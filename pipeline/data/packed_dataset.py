@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.files import file_digest, read_bytes_at, replaced, write_json
+from pipeline.data.files import file_digest, read_bytes_at
 from pipeline.data.manifest import Manifest, PartFile, read_manifest
 from pipeline.errors import DataError
+from pipeline.files import replaced, write_json
 
 INDEX_NAME = "index.npz"
 DOCUMENTS_NAME = "documents.arrow"

@@ -13,8 +13,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.files import replaced
 from pipeline.errors import DataError
+from pipeline.files import replaced
 
 PLANNER_VERSION = 1
 OPEN_SAMPLES = 64

@@ -17,10 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.data.files import fill, read_json, replaced, write_json
+from pipeline.data.files import fill, read_json
 from pipeline.data.progress import PackProgress, ReportProgress
 from pipeline.data.sources import RawDocument, documents, source_bytes
 from pipeline.errors import DataError
+from pipeline.files import replaced, write_json
 from pipeline.recipe.schema import JsonlSource, TextSource, TrainTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
