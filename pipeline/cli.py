@@ -104,6 +104,28 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def resume(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under ./runs.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="What changes, e.g. train.steps=200 hardware.gpus_per_node=4 parallel.sp=4"),
+    ] = None,
+) -> None:
+    """Go on with a run from its newest whole checkpoint; with other ranks if you say so. Nothing is done twice."""
+    from pipeline.launch.local import check_one_node, run_local
+    from pipeline.launch.resume import check_unfinished, find_run, resumed_plan
+    from pipeline.plan.run_dir import runs_root
+
+    run_dir = find_run(run_folder, runs=runs_root())
+    job = resumed_plan(run_dir, overrides or [])
+    check_one_node(job)
+    check_unfinished(job, run_dir)
+    run_dir.write_plan(job)
+    typer.echo(f"run folder: {run_dir.path}")
+    run_local(job, run_dir)
+
+
+@app.command()
 def run(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN.json", help="The plan in a run folder.")],
     stage: Annotated[

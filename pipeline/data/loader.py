@@ -13,6 +13,16 @@ from pipeline.data.packing import Ints, seeded_order
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """How far training has come in its data; all that a resume needs to know, at whatever dp."""
+
+    step: int = 0
+    """Steps done."""
+    position: int = 0
+    """Positions of the training order that are done."""
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a position of the training order falls."""
 
@@ -90,15 +100,26 @@ class PackedLoader:
     dp: int
     grad_accumulation: int
     steps: int
+    """Of the whole run."""
     seed: int
     cross_document_attention: bool = False
+    start: Cursor = Cursor()
+    """Where this job goes on."""
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps - self.start.step
 
     def __iter__(self) -> Iterator[StepBatch]:
-        for step in range(self.steps):
+        for step in range(self.start.step, self.steps):
             yield self.step(step)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.dp * self.grad_accumulation
+
+    def cursor(self, step: int) -> Cursor:
+        """After `step` steps of the run; not before this job's start."""
+        return Cursor(step, self.start.position + (step - self.start.step) * self.samples_per_step)
 
     def sample_at(self, position: int) -> Place:
         """The sample at a position of the training order; a pure function of data set and seed."""
@@ -106,8 +127,8 @@ class PackedLoader:
 
     def step(self, step: int) -> StepBatch:
         """Step number `step`, whichever was read before it."""
-        per_step = self.dp * self.grad_accumulation
-        places = [self.sample_at(step * per_step + offset) for offset in range(per_step)]
+        first = self.cursor(step).position
+        places = [self.sample_at(first + offset) for offset in range(self.samples_per_step)]
         samples = tuple(place.sample for place in places)
         known = [self.dataset.sample(sample) for sample in samples]
         costs = [sample.n_tokens**2 if self.cross_document_attention else sample.cost for sample in known]

@@ -48,8 +48,7 @@ def check_one_node(plan: JobPlan) -> None:
 
 def run_ranks(plan: JobPlan, run_dir: RunDir, *, stage: Stage, ranks: int) -> None:
     """Run `ranks` processes of a stage to their end; when one fails, end the others."""
-    logs = run_dir.logs(job=f"local-{stage}")
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = run_dir.new_logs(job=f"local-{stage}")
     cpus_per_rank = max(1, len(os.sched_getaffinity(0)) // ranks)
     shared = applied(environment(plan, cpus_per_rank=cpus_per_rank))
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}

@@ -110,6 +110,11 @@ def gib(number_of_bytes: int) -> str:
     return f"{number_of_bytes / GIB:,.2f} GiB"
 
 
+def size(number_of_bytes: int) -> str:
+    """`1.31 GiB`, `17.2 MiB`: in the unit that leaves something to read."""
+    return gib(number_of_bytes) if number_of_bytes >= GIB // 10 else f"{number_of_bytes / 2**20:,.1f} MiB"
+
+
 def duration(seconds: float | None) -> str:
     """`0:01:12`, with days in front when there are any; `-` when unknown."""
     if seconds is None or not math.isfinite(seconds):

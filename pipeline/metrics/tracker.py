@@ -161,6 +161,19 @@ class MlflowWriter:
         with self._never_fatal(f"{path.name} is missing there"):
             self._client.log_artifact(self.run_id, str(path))
 
+    def log_checkpoint(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """`checkpoints/<name>.json` with all values; those that are numbers are also metrics `checkpoint_<value>`."""
+        if self._is_quiet():
+            return
+        from mlflow.entities import Metric
+
+        now = round(time.time() * 1000)
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        metrics = [Metric(f"checkpoint_{key}", float(value), now, step) for key, value in numbers.items()]
+        with self._never_fatal(f"checkpoint {name} is missing there"):
+            self._client.log_batch(self.run_id, metrics=metrics)
+            self._client.log_dict(self.run_id, dict(values), f"checkpoints/{name}.json")
+
     def finish(self, status: RunStatus) -> None:
         """Close the run; tried even when MLflow was failing, because nothing waits behind it."""
         with self._never_fatal(f"the run is not marked {status} there"):
@@ -210,6 +223,11 @@ class Tracker:
     def log_artifact(self, path: Path) -> None:
         if self._mlflow is not None:
             self._mlflow.log_artifact(path)
+
+    def log_checkpoint(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """A checkpoint that is on disk: where, how large, what it cost."""
+        if self._mlflow is not None:
+            self._mlflow.log_checkpoint(name, step, values)
 
     def finish(self, status: RunStatus) -> None:
         if self._jsonl is not None:

@@ -1,24 +1,25 @@
 """The run folder: one owner of every path in it. It alone suffices to understand or restart a run."""
 
-import json
+import fcntl
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from pipeline.errors import UserError
+from pipeline.files import replaced, write_json
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.load import dump
+
+_held: list[TextIO] = []
+"""Lock files of this process; closing one would give its lock back."""
 
 
 def runs_root() -> Path:
     """Where runs, their MLflow store and packed data sets lie: $ALST_RUNS, else ./runs."""
     return Path(os.environ.get("ALST_RUNS") or "runs").resolve()
-
-
-def packed_dir(plan: JobPlan) -> Path:
-    """The packed data set of a plan; recipes that ask for the same bytes share it."""
-    return runs_root() / "packed" / plan.packing_key
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,66 @@ class RunDir:
     def plot(self) -> Path:
         return self.path / "training.png"
 
+    @property
+    def root(self) -> Path:
+        """Where runs, their MLflow store and packed data sets lie together."""
+        return self.path.resolve().parent
+
+    def packed(self, plan: JobPlan) -> Path:
+        """The packed data set of a plan; runs that ask for the same bytes share it."""
+        return self.root / "packed" / plan.packing_key
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
     def logs(self, *, job: str, restart: int = 0) -> Path:
-        """Of one job's start: `rank<k>.log` per rank."""
+        """Of one start of a job: `rank<k>.log` per rank."""
         return self.path / "logs" / job / str(restart)
+
+    def new_logs(self, *, job: str) -> Path:
+        """The folder for the next start of a job."""
+        restart = 0
+        while True:
+            folder = self.logs(job=job, restart=restart)
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                restart += 1
+
+    def hold(self) -> None:
+        """Be the only job that trains into this folder, until this process ends. Raises UserError if there is one.
+
+        The kernel gives the lock back however a process ends; on a shared disk the file server does.
+        """
+        file = self.lock.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{self.path}: another job trains into this run folder ({file.read().strip() or 'it just started'}); "
+                "wait for its end, or end it, before this one starts"
+            ) from None
+        except OSError:
+            pass  # a disk without locks: some Lustre mounts
+        file.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}, since {since}\n")
+        file.flush()
+        _held.append(file)
+
+    def write_plan(self, plan: JobPlan) -> None:
+        """The plan, and the resolved recipe as one would write it."""
+        with replaced(self.recipe) as temporary:
+            temporary.write_text(dump(plan.recipe), encoding="utf-8")
+        write_json(self.plan, plan.to_json())
 
 
 def create_run_dir(plan: JobPlan) -> RunDir:
@@ -66,8 +124,7 @@ def create_run_dir(plan: JobPlan) -> RunDir:
     try:
         root.mkdir(parents=True, exist_ok=True)
         run_dir = RunDir(_new_folder(root, stamp))
-        run_dir.recipe.write_text(dump(plan.recipe), encoding="utf-8")
-        run_dir.plan.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+        run_dir.write_plan(plan)
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}; set ALST_RUNS to a folder that can be written") from None
     return run_dir

@@ -181,6 +181,20 @@ class TrainRecipe(Section):
     self_check: SelfCheck | None
 
 
+class CheckpointRecipe(Section):
+    """Saving the state of training, in the run folder."""
+
+    every_steps: Count | None
+    """null: after the last step only."""
+    keep_last: Count
+    keep_every: Count | None
+    """Checkpoints whose step is a multiple of it are kept as well."""
+    asynchronous: bool
+    """Train on while bytes are written, wherever host memory has room for a copy of the states."""
+    verify: bool
+    """Compare checksums of every file before resuming from it; sizes are compared in any case."""
+
+
 class TrackingRecipe(Section):
     mlflow: bool
     uri: str | None
@@ -218,6 +232,8 @@ class Recipe(Section):
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe
     train: TrainRecipe
+    checkpoint: CheckpointRecipe | None
+    """null: nothing is saved."""
     tracking: TrackingRecipe
     hardware: HardwareRecipe
 

@@ -28,13 +28,15 @@ def init_distributed(plan: JobPlan) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT)
 
 
-def create_engine(model: PreTrainedModel, plan: JobPlan, attached: Attached) -> Any:
-    """The DeepSpeed engine around a model with its features attached."""
+def create_engine(model: PreTrainedModel, plan: JobPlan, attached: Attached, *, load_universal: bool = False) -> Any:
+    """The DeepSpeed engine around a model with its features attached.
+
+    `load_universal`: what it will load is a universal checkpoint, of another number of ranks.
+    """
     if plan.recipe.zero.stage == 3 and attached.gathered_whole:
         deepspeed.utils.set_z3_leaf_modules(model, list(attached.gathered_whole))
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=create_optimizer(model, plan), config=deepspeed_config(plan)
-    )
+    config = deepspeed_config(plan) | {"checkpoint": {"load_universal": load_universal}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=create_optimizer(model, plan), config=config)
     return engine
 
 

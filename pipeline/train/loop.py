@@ -1,17 +1,19 @@
 """The loop: step after step, each recorded."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipeline.data.loader import StepBatch
+from pipeline.data.loader import PackedLoader, StepBatch
 from pipeline.memory.apply import Attached
-from pipeline.metrics.console import ProgressLine
+from pipeline.metrics.console import ProgressLine, size, warn
 from pipeline.metrics.meter import StepRecord, StepTimer, step_record
 from pipeline.metrics.tracker import Tracker
 from pipeline.model.anatomy import matmul_parameters
 from pipeline.plan.flops import PEAK_FLOPS, model_flops
+from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
 
@@ -24,17 +26,19 @@ class Reporting:
     progress: ProgressLine | None
 
 
-def train(trainee: Trainee, batches: Iterable[StepBatch], attached: Attached, reporting: Reporting) -> tuple[int, ...]:
-    """Run every step of `batches`. Returns each rank's peak host memory in bytes."""
+def train(
+    trainee: Trainee, loader: PackedLoader, attached: Attached, checkpointer: Checkpointer, reporting: Reporting
+) -> tuple[int, ...]:
+    """Run every step of `loader`, and save when it is due. Returns each rank's peak host memory in bytes."""
     timer = StepTimer(synchronize=_synchronize(trainee))
     counted = _counted_parameters(trainee.engine.module)
     peaks: tuple[int, ...] = ()
-    iterator = iter(batches)
+    iterator = iter(loader)
     while True:
         with timer.phase("data"):
             batch = next(iterator, None)
             if batch is None:
-                return peaks
+                break
             micro_batches = [model_inputs(micro_batch, trainee) for micro_batch in batch.micro_batches]
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(trainee, micro_batches, valid_tokens=batch.valid_tokens, learning_rate=rate, timer=timer)
@@ -43,6 +47,26 @@ def train(trainee: Trainee, batches: Iterable[StepBatch], attached: Attached, re
         reporting.tracker.log_step(record)
         if reporting.progress is not None:
             reporting.progress.step(record)
+        if checkpointer.due(batch.step + 1):
+            checkpointer.save(loader.cursor(batch.step + 1))
+        _tell(checkpointer, reporting)
+    checkpointer.finish()
+    _tell(checkpointer, reporting)
+    return peaks
+
+
+def _tell(checkpointer: Checkpointer, reporting: Reporting) -> None:
+    """What became of checkpoints since the last step."""
+    for news in checkpointer.news():
+        if isinstance(news, str):
+            warn(news)
+            continue
+        reporting.tracker.log_checkpoint(Path(news.path).name, news.step, asdict(news))
+        if reporting.progress is not None:
+            reporting.progress.note(
+                f"checkpoint {Path(news.path).name}: {size(news.bytes)} on disk after {news.seconds:.1f} s, training "
+                f"waited {news.stall_seconds:.1f} s"
+            )
 
 
 def _record(

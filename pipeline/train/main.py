@@ -15,7 +15,7 @@ from pipeline.attention.function import register
 from pipeline.attention.kernels.choice import Choice, choose
 from pipeline.attention.kernels.interface import needs_of
 from pipeline.data.batch import batch_of
-from pipeline.data.loader import PackedLoader
+from pipeline.data.loader import Cursor, PackedLoader
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.errors import RunError, UserError
 from pipeline.memory.apply import attach_features
@@ -26,43 +26,53 @@ from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
 from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
-from pipeline.plan.run_dir import RunDir, packed_dir, runs_root
+from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.schema import Gpu
+from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.loop import Reporting, train
+from pipeline.train.resume import Resume, find_resume, load
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
 
 
 def run(plan: JobPlan, run_dir: RunDir) -> None:
     """Train as planned. Collective over the ranks of torch's environment variables."""
-    dataset = PackedDataset.open(packed_dir(plan))
+    dataset = PackedDataset.open(run_dir.packed(plan))
     device = _device(plan)
     config = transformers_config(plan.recipe.model)
     check_shape(config, plan.model)
     attention = _attention(plan, config, device)
+    if os.environ["RANK"] == "0":
+        run_dir.hold()
     init_distributed(plan)
     _check_same_kernel(attention)
     mesh = create_mesh(plan.sp)
+    resume = find_resume(plan, run_dir, mesh)
     register()
     model = build_model(
         plan.recipe.model, attention=ALST_ATTENTION, seed=plan.recipe.train.seed, zero3=zero3_config(plan)
     )
     attached = attach_features(model, plan)
-    trainee = Trainee(create_engine(model, plan, attached), plan, mesh, attention.kernel, device)
-    loader = _loader(plan, mesh, dataset)
+    engine = create_engine(model, plan, attached, load_universal=resume is not None and resume.universal)
+    trainee = Trainee(engine, plan, mesh, attention.kernel, device)
+    loader = _loader(plan, mesh, dataset, start=Cursor() if resume is None else resume.cursor)
     for reason in attention.passed_over:
         _say(mesh, f"attention: passed over {reason}")
     _say(mesh, f"attention: {attention.kernel.name} ({attention.detail})")
     _say(mesh, f"mesh: dp={mesh.dp} x sp={mesh.sp}, {plan.local_seq_len:,} tokens per rank")
     _say(mesh, _first_sample(dataset, loader))
     _check(trainee, dataset, loader)
+    if resume is not None:
+        load(resume, engine, run_dir, mesh)
+        _say(mesh, _resumed(resume, plan))
+    checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir))
     tracker = _tracker(plan, run_dir, mesh)
     status: RunStatus = "FAILED"
     try:
         with ProgressLine(plan.recipe.train.steps) as progress:
             reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
-            peaks = train(trainee, loader, attached, reporting)
+            peaks = train(trainee, loader, attached, checkpointer, reporting)
         status = "FINISHED"
     finally:
         _plot(run_dir, tracker, mesh)
@@ -110,7 +120,7 @@ def _check_same_kernel(attention: Choice) -> None:
         raise RunError(f"ranks found different attention kernels ({told}); name one as model.attention")
 
 
-def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset) -> PackedLoader:
+def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset, *, start: Cursor) -> PackedLoader:
     recipe = plan.recipe
     return PackedLoader(
         dataset,
@@ -122,6 +132,7 @@ def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset) -> PackedLoader:
         steps=recipe.train.steps,
         seed=recipe.data.seed,
         cross_document_attention=recipe.data.cross_document_attention,
+        start=start,
     )
 
 
@@ -159,12 +170,25 @@ def _tracker(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> Tracker:
         uri=tracking.uri,
         enabled=tracking.mlflow,
         rank=mesh.rank,
-        runs=runs_root(),
+        runs=run_dir.root,
     )
-    tags = {"commit": run_dir.commit.read_text().strip() if run_dir.commit.exists() else "unknown"}
+    tags = {"commit": _commit(run_dir)}
     artifacts = [path for path in (run_dir.recipe, run_dir.plan) if path.exists()]
     tracker.log_start(plan.to_json(), tags, artifacts)
     return tracker
+
+
+def _commit(run_dir: RunDir) -> str:
+    return run_dir.commit.read_text().strip() if run_dir.commit.exists() else "unknown"
+
+
+def _resumed(resume: Resume, plan: JobPlan) -> str:
+    record = resume.checkpoint.record
+    how = f", converted from {record.world_size} ranks" if resume.universal else ""
+    return (
+        f"resumed from {resume.checkpoint.path.name} of {plan.recipe.train.steps} steps "
+        f"({record.samples_seen:,} samples seen){how}"
+    )
 
 
 def _plot(run_dir: RunDir, tracker: Tracker, mesh: Mesh) -> None:
@@ -177,9 +201,9 @@ def _plot(run_dir: RunDir, tracker: Tracker, mesh: Mesh) -> None:
 def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
     """The last words: what was trained, where everything lies, what to try next."""
     manifest = dataset.manifest
-    paths = {"run folder": run_dir.path, "packed data": packed_dir(plan), "plot": run_dir.plot}
+    paths = {"run folder": run_dir.path, "packed data": run_dir.packed(plan), "plot": run_dir.plot}
     if plan.recipe.tracking.mlflow:
-        paths["MLflow"] = runs_root() / "mlflow.db"
+        paths["MLflow"] = run_dir.root / "mlflow.db"
     print_summary(
         summarize(
             run_dir.path,

@@ -12,7 +12,7 @@ from pipeline.plan.environment import environment
 from pipeline.plan.flops import model_flops
 from pipeline.plan.job import LOGITS_TILE_BYTES, MLP_TILE_TOKENS, JobPlan, plan_job, read_plan
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
-from pipeline.plan.run_dir import create_run_dir, packed_dir, runs_root
+from pipeline.plan.run_dir import create_run_dir, runs_root
 from pipeline.recipe.load import load
 
 SMALL = ModelShape(
@@ -474,7 +474,7 @@ def test_the_order_of_sources_is_part_of_the_name():
 def test_packed_data_lies_beside_the_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("ALST_RUNS", str(tmp_path))
     plan = planned()
-    assert packed_dir(plan) == tmp_path / "packed" / plan.packing_key
+    assert create_run_dir(plan).packed(plan) == tmp_path / "packed" / plan.packing_key
     monkeypatch.setenv("ALST_RUNS", "")
     monkeypatch.chdir(tmp_path)
     assert runs_root() == tmp_path / "runs"

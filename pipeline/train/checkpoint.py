@@ -1,0 +1,268 @@
+"""Saving: every rank copies its states aside and goes on training, while a thread of each brings them to disk.
+
+A checkpoint gets its name when all ranks' files are written, flushed and read back; until then the one before it is
+the newest. What goes wrong on the way costs this checkpoint and a warning, never the run and never an older one.
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipeline.data.loader import Cursor
+from pipeline.errors import RunError
+from pipeline.files import sync, write_json
+from pipeline.plan import checkpoint_dir
+from pipeline.plan.checkpoint_dir import DEEPSPEED_NAME, CheckpointRecord, SavedFile
+from pipeline.plan.run_dir import RunDir
+from pipeline.train.checkpoint_writer import CopyingEngine, PartWriter
+from pipeline.train.state import random_state
+from pipeline.train.step import Trainee
+
+PARTS_NAME = "written"  # a record per rank, while a checkpoint is being written
+POLL_SECONDS = 0.1
+ROOM_MARGIN = 1.05  # file headers, and whatever else lands on the disk meanwhile
+PROBE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on disk."""
+
+    path: str
+    step: int
+    bytes: int
+    stall_seconds: float
+    """For which training waited."""
+    seconds: float
+    """From the request until it was whole."""
+
+    sha256: str
+    """Of checkpoint.json, which holds the checksum of every file."""
+
+
+@dataclass
+class _Save:
+    """The checkpoint in flight."""
+
+    record: CheckpointRecord
+    folder: Path
+    began: float
+    part: PartWriter
+    stall_seconds: float = 0.0
+    written: threading.Event = field(default_factory=threading.Event)
+    """This rank's part is done, well or not."""
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    """Some rank's part is not on disk: stop waiting for it."""
+
+
+class Checkpointer:
+    """Saves checkpoints of one job, one at a time. All methods but `news` are collective."""
+
+    def __init__(self, trainee: Trainee, run_dir: RunDir, *, commit: str) -> None:
+        self._trainee = trainee
+        self._run_dir = run_dir
+        self._commit = commit
+        self._folder = run_dir.checkpoints
+        self._rank = trainee.mesh.rank
+        self._states = CopyingEngine()
+        trainee.engine.checkpoint_engine = self._states
+        self._save: _Save | None = None
+        self._saved_step: int | None = None
+        self._failure: str | None = None
+        """Why the last checkpoint that was wanted is not on disk; the same on every rank."""
+        self._news: list[Saved | str] = []
+        self._size_bytes = _expected_bytes(trainee)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is wanted after `step` steps."""
+        recipe = self._trainee.plan.recipe
+        if recipe.checkpoint is None or step == self._saved_step:
+            return False
+        every = recipe.checkpoint.every_steps
+        return step == recipe.train.steps or (every is not None and step % every == 0)
+
+    def save(self, cursor: Cursor) -> float:
+        """Save the state after `cursor.step` steps. Returns the seconds for which training waited.
+
+        The one before is on disk, or given up, when this returns; this one may take longer. A disk without room for
+        it is a warning.
+        """
+        began = time.monotonic()
+        self._settle()
+        self._failure = self._agree(self._make_room(cursor))
+        if self._failure is not None:
+            return time.monotonic() - began
+        folder = self._folder / checkpoint_dir.writing_name(cursor.step)
+        # DeepSpeed's own order of what each rank saves; nothing is written in here, see CopyingEngine.
+        self._trainee.engine.save_checkpoint(str(folder), tag=DEEPSPEED_NAME, save_latest=False)
+        states = [*self._states.take(), (folder / random_file(self._rank), random_state())]
+        recipe = self._trainee.plan.recipe.checkpoint
+        part = PartWriter(
+            states,
+            folder=folder,
+            asynchronous=recipe is not None and recipe.asynchronous,
+            ranks_per_node=self._trainee.plan.recipe.hardware.gpus_per_node,
+        )
+        self._save = _Save(self._record(cursor), folder, began, part)
+        self._save.stall_seconds = time.monotonic() - began
+        self._saved_step = cursor.step
+        part.start(then=partial(self._after_part, self._save))
+        return self._save.stall_seconds
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises RunError, on every rank, if it did not get to disk."""
+        self._settle()
+        if self._failure is not None:
+            raise RunError(
+                f"the last checkpoint is not on disk ({self._failure}); the one before it stands: see to the disk, "
+                f"then go on with `alst resume {self._run_dir.path}`"
+            )
+
+    def news(self) -> list[Saved | str]:
+        """On rank 0: what got to disk, or a warning of what did not, since this was last asked."""
+        news, self._news = self._news, []
+        return news
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint in flight, on every rank; it is then on disk, or given up for `_failure`."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        save.written.wait()
+        if self._agree(save.part.error) is not None:
+            save.abandoned.set()
+        save.part.join()
+        self._failure = self._agree(save.part.error)
+        if self._failure is not None:
+            self._saved_step = None
+
+    def _agree(self, error: str | None) -> str | None:
+        """The first rank's error that has one, on all of them."""
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, error)
+        return next((f"rank {rank}: {error}" for rank, error in enumerate(found) if error is not None), None)
+
+    def _after_part(self, save: _Save) -> None:
+        """In this rank's thread, when its part is done: tell rank 0; rank 0 makes the checkpoint whole."""
+        try:
+            _write_part_record(save.folder, self._rank, save.part)
+        except OSError as error:
+            save.part.error = save.part.error or str(error)
+        save.written.set()
+        if self._rank == 0:
+            self._complete(save)
+
+    def _complete(self, save: _Save) -> None:
+        """On rank 0: wait for every rank's part, then give the checkpoint its name."""
+        try:
+            files = self._wait_for_parts(save)
+            path, digest = self._name(save, files)
+        except (OSError, ValueError, RunError) as error:
+            save.part.error = str(error)
+            shutil.rmtree(save.folder, ignore_errors=True)
+            self._news.append(f"checkpoint of step {save.record.step} was given up: {error}; training goes on")
+            return
+        size = sum(file.size_bytes for file in files)
+        self._size_bytes = size
+        seconds = time.monotonic() - save.began
+        self._news.append(Saved(str(path), save.record.step, size, save.stall_seconds, seconds, digest))
+
+    def _wait_for_parts(self, save: _Save) -> list[SavedFile]:
+        files: list[SavedFile] = []
+        for rank in range(save.record.world_size):
+            record = save.folder / PARTS_NAME / f"{rank}.json"
+            while not record.exists():
+                if save.abandoned.wait(POLL_SECONDS):
+                    raise RunError("a rank could not write its part")
+            part = json.loads(record.read_text())
+            if part["error"] is not None:
+                raise RunError(f"rank {rank}: {part['error']}")
+            files += [SavedFile(**file) for file in part["files"]]
+        return files
+
+    def _name(self, save: _Save, files: list[SavedFile]) -> tuple[Path, str]:
+        """Everything is written and read back: from here on it is the newest. Returns its path and digest."""
+        shutil.copyfile(self._run_dir.plan, save.folder / self._run_dir.plan.name)
+        sync(save.folder / self._run_dir.plan.name)
+        shutil.rmtree(save.folder / PARTS_NAME)
+        checkpoint_dir.write_record(save.folder, replace(save.record, files=tuple(files)))
+        digest = hashlib.sha256((save.folder / checkpoint_dir.RECORD_NAME).read_bytes()).hexdigest()
+        path = self._folder / checkpoint_dir.folder_name(save.record.step)
+        if path.exists():
+            checkpoint_dir.remove(path)
+        save.folder.rename(path)
+        sync(self._folder)
+        recipe = self._trainee.plan.recipe.checkpoint
+        if recipe is not None:
+            checkpoint_dir.prune(self._folder, keep_last=recipe.keep_last, keep_every=recipe.keep_every)
+        return path, digest
+
+    def _make_room(self, cursor: Cursor) -> str | None:
+        """On rank 0: the folder for a checkpoint; or why there is no room for it."""
+        if self._rank != 0:
+            return None
+        folder = self._folder / checkpoint_dir.writing_name(cursor.step)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a save of this step that was given up
+            folder.mkdir(parents=True)
+            reason = _lack_of_room(folder, int(self._size_bytes * ROOM_MARGIN))
+        except OSError as error:
+            reason = f"{folder}: {error.strerror}"
+        if reason is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._news.append(f"no checkpoint of step {cursor.step}: {reason}; training goes on without it")
+        return reason
+
+    def _record(self, cursor: Cursor) -> CheckpointRecord:
+        plan, mesh = self._trainee.plan, self._trainee.mesh
+        return CheckpointRecord(
+            step=cursor.step,
+            samples_seen=cursor.position,
+            world_size=mesh.world_size,
+            dp=mesh.dp,
+            sp=mesh.sp,
+            zero_stage=plan.recipe.zero.stage,
+            packing_key=plan.packing_key,
+            commit=self._commit,
+            saved_at=time.time(),
+            files=(),
+        )
+
+
+def random_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+def _write_part_record(folder: Path, rank: int, part: PartWriter) -> None:
+    target = folder / PARTS_NAME / f"{rank}.json"
+    target.parent.mkdir(exist_ok=True)
+    write_json(target, {"error": part.error, "files": [asdict(file) for file in part.files]})
+
+
+def _lack_of_room(folder: Path, needed: int) -> str | None:
+    """Why a checkpoint of `needed` bytes does not fit, or None. A file is tried too: free space shows no quota."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        return f"{folder.parent} has {free:,} bytes free, a checkpoint needs {needed:,}"
+    probe = folder / ".probe"
+    probe.write_bytes(bytes(PROBE_BYTES))
+    sync(probe)
+    probe.unlink()
+    return None
+
+
+def _expected_bytes(trainee: Trainee) -> int:
+    """Of the first checkpoint: weights, master weights and moments. Later ones are as large as the one before."""
+    recipe = trainee.plan.recipe
+    parameters = list(trainee.engine.module.parameters())
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    state_bytes = 2 if recipe.optimizer.states_dtype == "bfloat16" else 4
+    states = 3 if recipe.optimizer.name == "adamw" else 1
+    return int(count * (parameters[0].element_size() + states * state_bytes))

@@ -1,0 +1,148 @@
+"""A rank's part of a checkpoint on its way to disk: copied aside where memory allows, written behind training's back.
+
+The only files that DeepSpeed writes come through here (`CopyingEngine`), each with a checksum of what was meant to be
+written; it is compared with what the disk gives back before the file counts as saved.
+"""
+
+import io
+import os
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import psutil
+import torch
+from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+from pipeline.errors import RunError
+from pipeline.files import sync
+from pipeline.plan.checkpoint_dir import SavedFile, crc32_of
+
+COPY_MARGIN = 1.5
+"""A copy is made if this many times its size is free in host memory: loader, offload and allocator live there too."""
+
+
+class CopyingEngine(CheckpointEngine):
+    """DeepSpeed's checkpoint engine that only takes states in; `take` hands them out for writing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+        self._states: list[tuple[Path, Any]] = []
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        self._states = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._states.append((Path(path), state_dict))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        """False: nothing is written before `take`, which decides about copies itself."""
+        return False
+
+    def take(self) -> list[tuple[Path, Any]]:
+        """(path, state) of every file that DeepSpeed wanted written."""
+        states, self._states = self._states, []
+        return states
+
+
+class PartWriter:
+    """Writes this rank's files of one checkpoint, in a thread if their tensors could be copied aside."""
+
+    def __init__(
+        self, states: list[tuple[Path, Any]], *, folder: Path, asynchronous: bool, ranks_per_node: int
+    ) -> None:
+        self._folder = folder
+        self.files: tuple[SavedFile, ...] = ()
+        self.error: str | None = None
+        """Why this part is not on disk; None if it is."""
+        self._thread: threading.Thread | None = None
+        if asynchronous and _room_for_copy(states, ranks_per_node):
+            self._states = [(path, clone_tensors_for_torch_save(state)) for path, state in states]
+        else:
+            self._states = states
+            self._write()
+
+    def start(self, *, then: Callable[[], None]) -> None:
+        """Write what is not written yet, then call `then`; both in a thread."""
+
+        def run() -> None:
+            self._write()
+            then()
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self) -> None:
+        """Everything that is still to be written. A failure is kept, not raised: training goes on without this save."""
+        states, self._states = self._states, []
+        try:
+            self.files += tuple(write_state(state, path, folder=self._folder) for path, state in states)
+        except (OSError, RuntimeError, RunError) as error:  # RuntimeError: torch's zip writer, of a full disk
+            self.error = str(error).splitlines()[0]
+
+
+def write_state(state: Any, path: Path, *, folder: Path) -> SavedFile:
+    """torch.save to a file inside `folder`, flushed to the disk and read back.
+
+    Raises OSError or RuntimeError if it cannot be written, RunError if the disk gives back something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        counted = _Checksummed(file)
+        torch.save(state, cast(IO[bytes], counted))
+    sync(path)
+    if path.stat().st_size != counted.size_bytes or crc32_of(path) != counted.crc32:
+        raise RunError(f"{path} does not hold what was written to it; the disk is failing")
+    return SavedFile(str(path.relative_to(folder)), counted.size_bytes, counted.crc32)
+
+
+class _Checksummed:
+    """A file for torch.save to write to, that keeps size and checksum of what came."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.size_bytes = 0
+        self.crc32 = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self.crc32 = zlib.crc32(view, self.crc32)
+        written = 0
+        while written < len(view):  # the kernel takes 2 GiB a call at most
+            written += self._file.write(view[written:]) or 0
+        self.size_bytes += written
+        return written
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+
+def _room_for_copy(states: list[tuple[Path, Any]], ranks_per_node: int) -> bool:
+    """Whether every rank of this node may copy its states aside. A matter of this rank alone: nobody need agree."""
+    mine = sum(tensor_bytes(state) for _, state in states)
+    return psutil.virtual_memory().available > COPY_MARGIN * mine * ranks_per_node
+
+
+def tensor_bytes(state: Any) -> int:
+    """Of all tensors in nested maps and lists."""
+    if isinstance(state, torch.Tensor):
+        return int(state.nbytes)
+    if isinstance(state, dict):
+        return sum(tensor_bytes(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return sum(tensor_bytes(value) for value in state)
+    return 0
