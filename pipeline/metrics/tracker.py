@@ -55,20 +55,38 @@ class MlflowStore:
 
 
 class JsonlWriter:
-    """Appends a step per line. A line is handed to the kernel whole, so a killed process leaves whole lines."""
+    """Appends a step per line. A line is handed to the kernel whole, so a killed process leaves whole lines.
 
-    def __init__(self, path: Path) -> None:
+    What a full disk does not take is kept, and written with a later line.
+    """
+
+    def __init__(self, path: Path, *, warn: Warn = warn_on_console) -> None:
         _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self._warn = warn
 
     def write(self, record: StepRecord) -> None:
         """Append one object; a number that is not finite becomes null, which every JSON reader takes."""
         row = {name: _finite(value) for name, value in dataclasses.asdict(record).items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        waiting = bool(self._pending)
+        self._pending += json.dumps(row, allow_nan=False).encode() + b"\n"
+        error = self._write_pending()
+        if error is not None and not waiting:
+            self._warn(f"{self._file.name}: {error.strerror}; steps are kept in memory until there is room")
 
     def close(self) -> None:
+        if (error := self._write_pending()) is not None:
+            self._warn(f"{self._file.name}: {error.strerror}; the last {self._pending.count(10)} steps are not in it")
         self._file.close()
+
+    def _write_pending(self) -> OSError | None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) or 0 :]
+        except OSError as error:
+            return error
+        return None
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
