@@ -59,7 +59,8 @@ class _Save:
     written: threading.Event = field(default_factory=threading.Event)
     """This rank's part is done, well or not."""
     abandoned: threading.Event = field(default_factory=threading.Event)
-    """Some rank's part is not on disk: stop waiting for it."""
+    """Some rank's part is not on disk, as `error` says: stop waiting for it."""
+    error: str | None = None
 
 
 class Checkpointer:
@@ -136,7 +137,8 @@ class Checkpointer:
         if save is None:
             return
         save.written.wait()
-        if self._agree(save.part.error) is not None:
+        save.error = self._agree(save.part.error)
+        if save.error is not None:
             save.abandoned.set()
         save.part.join()
         self._failure = self._agree(save.part.error)
@@ -180,7 +182,7 @@ class Checkpointer:
             record = save.folder / PARTS_NAME / f"{rank}.json"
             while not record.exists():
                 if save.abandoned.wait(POLL_SECONDS):
-                    raise RunError("a rank could not write its part")
+                    raise RunError(save.error or "a rank could not write its part")
             part = json.loads(record.read_text())
             if part["error"] is not None:
                 raise RunError(f"rank {rank}: {part['error']}")

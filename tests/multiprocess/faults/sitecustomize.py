@@ -25,6 +25,11 @@ def is_the_moment() -> bool:
     return now["step"] == int(STEP)
 
 
+def is_the_save(folder: Path) -> bool:
+    """Saves go on in a thread, while the next step is done."""
+    return folder.name.endswith(f"step-{int(STEP):06d}")
+
+
 def counted(learning_rate):
     """Called once a step, before its forward."""
 
@@ -49,7 +54,7 @@ def in_forward(tiled_loss):
 
 def in_write(write_state):
     def wrapped(state, path, *, folder):
-        if is_the_moment():
+        if is_the_save(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"half of it")
             die()
@@ -60,7 +65,7 @@ def in_write(write_state):
 
 def on_a_full_disk(write_state):
     def wrapped(state, path, *, folder):
-        if is_the_moment():
+        if is_the_save(folder):
             try:
                 with BALLAST.open("wb") as file:
                     while True:
@@ -75,7 +80,7 @@ def on_a_full_disk(write_state):
 def before_the_name(write_record):
     def wrapped(folder, record):
         write_record(folder, record)
-        if is_the_moment():
+        if is_the_save(folder):
             die()
 
     return wrapped
