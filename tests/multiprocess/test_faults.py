@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.metrics.tracker import read_steps
 from pipeline.plan.checkpoint_dir import RECORD_NAME, damage, read_checkpoint, step_folders
@@ -144,7 +145,7 @@ def test_from_a_damaged_checkpoint_the_one_before_is_taken_loudly(tmp_path, peac
     assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
 
 
-def test_the_second_job_on_a_run_folder_is_refused(tmp_path, peaceful):
+def test_while_a_run_goes_on_a_second_job_is_refused_and_an_export_is_not(tmp_path, peaceful):
     run = copy_of(peaceful, tmp_path)
     first = start("resume", str(run), f"train.steps={STEPS + 60}", runs=tmp_path)
     try:
@@ -154,7 +155,12 @@ def test_the_second_job_on_a_run_folder_is_refused(tmp_path, peaceful):
             time.sleep(0.2)
         printed = alst("resume", str(run), f"train.steps={STEPS + 61}", runs=tmp_path, code=2)
         assert "another job trains into this run folder (process " in printed
+        out = tmp_path / "out"
+        assert "from_pretrained" in alst("export", run.name, str(out), runs=tmp_path)
         assert first.poll() is None, "the first job was left in peace"
+        text = "import json"
+        tokens = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt").input_ids
+        assert AutoModelForCausalLM.from_pretrained(out)(tokens).logits.shape == (1, tokens.shape[1], 300)
     finally:
         first.terminate()
         first.wait(60)
