@@ -51,6 +51,10 @@ class RunDir:
     def plot(self) -> Path:
         return self.path / "training.png"
 
+    def nan_record(self, step: int) -> Path:
+        """What is known of a step, counted from 1, whose loss or gradient was not finite."""
+        return self.path / "nan" / f"step-{step}.json"
+
     def logs(self, *, job: str, restart: int = 0) -> Path:
         """Of one job's start: `rank<k>.log` per rank."""
         return self.path / "logs" / job / str(restart)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
 from pipeline.attention.kernels.choice import Choice, choose
-from pipeline.attention.kernels.interface import needs_of
+from pipeline.attention.kernels.interface import Needs, needs_of
 from pipeline.data.batch import batch_of
 from pipeline.data.loader import PackedLoader
 from pipeline.data.packed_dataset import PackedDataset
@@ -21,15 +21,18 @@ from pipeline.errors import RunError, UserError
 from pipeline.memory.apply import attach_features
 from pipeline.metrics.console import ProgressLine, gib
 from pipeline.metrics.plots import plot_training
+from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.summary import print_summary, summarize
-from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
+from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker, read_steps
 from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir, packed_dir, runs_root
 from pipeline.recipe.schema import Gpu
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
-from pipeline.train.loop import Reporting, train
+from pipeline.train.evaluate import held_out_count, open_held_out
+from pipeline.train.guard import Guard, NotFiniteError
+from pipeline.train.loop import Reporting, Watch, train
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
 
@@ -37,7 +40,9 @@ from pipeline.train.step import Trainee
 def run(plan: JobPlan, run_dir: RunDir) -> None:
     """Train as planned. Collective over the ranks of torch's environment variables."""
     dataset = PackedDataset.open(packed_dir(plan))
+    held_out = open_held_out(plan, dataset)
     device = _device(plan)
+    torch.use_deterministic_algorithms(plan.recipe.train.deterministic)  # operations that cannot are refused
     config = transformers_config(plan.recipe.model)
     check_shape(config, plan.model)
     attention = _attention(plan, config, device)
@@ -58,15 +63,22 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
     _say(mesh, _first_sample(dataset, loader))
     _check(trainee, dataset, loader)
     tracker = _tracker(plan, run_dir, mesh)
+    watch = Watch(Guard(trainee, dataset, run_dir), SpikeDetector(_losses_before(run_dir.metrics)), held_out)
     status: RunStatus = "FAILED"
+    not_finite: NotFiniteError | None = None
     try:
         with ProgressLine(plan.recipe.train.steps) as progress:
             reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
-            peaks = train(trainee, loader, attached, reporting)
+            peaks = train(trainee, loader, attached, watch, reporting)
         status = "FINISHED"
+    except NotFiniteError as error:
+        not_finite = error
     finally:
         _plot(run_dir, tracker, mesh)
         tracker.finish(status)
+    if not_finite is not None:
+        dist.barrier()  # every rank comes here; the first to leave would end rank 0 before its last words are written
+        raise not_finite
     _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in enumerate(peaks)))
     if mesh.rank == 0:
         _summary(plan, run_dir, dataset)
@@ -96,8 +108,13 @@ def _device(plan: JobPlan) -> torch.device:
 
 def _attention(plan: JobPlan, config: Any, device: torch.device) -> Choice:
     """The kernel that the recipe asks for and the model needs; refused here, before weights load, if there is none."""
-    needs = needs_of(config, dtype=getattr(torch, plan.recipe.model.dtype), sp=plan.sp)
-    return choose(plan.recipe.model.attention, device=device, needs=needs)
+    return choose(plan.recipe.model.attention, device=device, needs=attention_needs(plan, config))
+
+
+def attention_needs(plan: JobPlan, config: Any) -> Needs:
+    """What the model, its dtype, the mesh and `train.deterministic` ask of a kernel."""
+    dtype, deterministic = getattr(torch, plan.recipe.model.dtype), plan.recipe.train.deterministic
+    return needs_of(config, dtype=dtype, deterministic=deterministic, sp=plan.sp)
 
 
 def _check_same_kernel(attention: Choice) -> None:
@@ -122,6 +139,7 @@ def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset) -> PackedLoader:
         steps=recipe.train.steps,
         seed=recipe.data.seed,
         cross_document_attention=recipe.data.cross_document_attention,
+        held_out=held_out_count(plan),
     )
 
 
@@ -194,6 +212,12 @@ def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
             ),
         )
     )
+
+
+def _losses_before(metrics: Path) -> list[float]:
+    """Of the steps that an earlier start of this run has done."""
+    rows = read_steps(metrics) if _has_rows(metrics) else []
+    return [row["loss"] for row in rows if row["loss"] is not None]
 
 
 def _has_rows(metrics: Path) -> bool:

@@ -378,7 +378,7 @@ def test_base_yaml_says_every_key_that_is_not_the_recipes_own():
         f"{section}.{key}" if hasattr(field.annotation, "model_fields") else section
         for section, field in Recipe.model_fields.items()
         for key in getattr(field.annotation, "model_fields", {section: None})
-        if key not in (stated.get(section) or {})
+        if section not in stated or (stated[section] is not None and key not in stated[section])
     }
     assert missing == own
 
