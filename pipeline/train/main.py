@@ -61,6 +61,8 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
     _say(mesh, f"attention: {attention.kernel.name} ({attention.detail})")
     _say(mesh, f"mesh: dp={mesh.dp} x sp={mesh.sp}, {plan.local_seq_len:,} tokens per rank")
     _say(mesh, _first_sample(dataset, loader))
+    if held_out is not None:
+        _say(mesh, f"held out: {len(held_out.samples):,} samples with {held_out.valid_tokens:,} labels")
     _check(trainee, dataset, loader)
     tracker = _tracker(plan, run_dir, mesh)
     watch = Watch(Guard(trainee, dataset, run_dir), SpikeDetector(_losses_before(run_dir.metrics)), held_out)

@@ -118,17 +118,32 @@ def not_finite(plan: JobPlan, meshes: dict[int, Mesh]) -> dict[str, Any]:
 
 
 def guarded(plan: JobPlan, meshes: dict[int, Mesh], dataset: PackedDataset, run_dir: RunDir) -> dict[str, Any]:
-    """Steps until one is not finite; what the guard then says and leaves behind."""
+    """Steps until one is not finite; what the guard then says and leaves behind.
+
+    `backward` is what it says of the first step, whose loss is finite, as if its gradient were not.
+    """
     saved_aside: list[int] = []
+    backward: str | None = None
     with trainee_of(plan, meshes) as trainee:
         guard = Guard(trainee, dataset, run_dir, on_failure=saved_aside.append)
         for batch in loader_of(plan, trainee.mesh, dataset, steps=dataset.samples):
-            try:
-                guard.check(batch, step_of(trainee, batch))
-            except NotFiniteError as error:
+            result = step_of(trainee, batch)
+            if batch.step == 0:
+                no_gradient = replace(result, grad_norm=math.nan, update_applied=False)
+                backward = said_by(Guard(trainee, dataset, run_dir), batch, no_gradient)
+            if message := said_by(guard, batch, result):
                 record = json.loads(run_dir.nan_record(batch.step + 1).read_text()) if dist.get_rank() == 0 else {}
-                return {"message": str(error), "step": batch.step + 1, "saved_aside": saved_aside, "record": record}
+                found = {"message": message, "step": batch.step + 1, "saved_aside": saved_aside, "record": record}
+                return found | {"backward": backward}
     raise AssertionError("every step was finite")
+
+
+def said_by(guard: Guard, batch: StepBatch, result: StepResult) -> str | None:
+    try:
+        guard.check(batch, result)
+    except NotFiniteError as error:
+        return str(error)
+    return None
 
 
 def loader_of(plan: JobPlan, mesh: Mesh, dataset: PackedDataset, *, steps: int) -> PackedLoader:

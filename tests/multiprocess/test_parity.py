@@ -45,7 +45,7 @@ def run(cases: list[Case], *, ranks: int, folder: Path) -> dict[str, dict]:
 
 
 CLIPPED = ("optimizer.lr=1e-1", "train.grad_clip=0.5")
-"""Gradient norms of these samples are far above; without clipping the second step's loss is off in the first digit."""
+"""Gradients of these samples are far longer; without clipping those of the next steps would be others altogether."""
 
 TWO_RANKS = [
     Case(sp=2, engine=False),
