@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from pipeline.data.batch import Batch, batch_of
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.data.packing import Ints, seeded_order
+from pipeline.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,31 @@ class Place:
     """Index in the packed data set."""
 
 
-def place_at(position: int, *, samples: int, seed: int) -> Place:
-    """The `position`-th sample that training sees: every sample once per epoch, each epoch in an order of its own."""
-    epoch, row = divmod(position, samples)
-    return Place(epoch, int(_epoch_order(samples, seed, epoch)[row]))
+def place_at(position: int, *, samples: int, seed: int, held_out: int = 0) -> Place:
+    """The `position`-th sample that training sees: every sample that is not held out once per epoch, each epoch in an
+    order of its own."""
+    epoch, row = divmod(position, samples - held_out)
+    return Place(epoch, int(_epoch_order(samples, seed, epoch, held_out)[row]))
+
+
+def held_out_samples(samples: int, *, seed: int, held_out: int) -> Ints:
+    """The samples [held_out] that training never sees: those that would come last in the first epoch, so that holding
+    them out changes nothing in what comes before.
+
+    Raises DataError if none would be left to train on.
+    """
+    if held_out >= samples:
+        raise DataError(
+            f"evaluation.samples = {held_out}: the packed data set has {samples}, and training needs at least one of "
+            "them; hold out fewer, give more data, or set evaluation: null"
+        )
+    return seeded_order(samples, seed=seed)[samples - held_out :]
 
 
 @lru_cache(maxsize=2)  # a step can span the border of two epochs
-def _epoch_order(samples: int, seed: int, epoch: int) -> Ints:
-    return seeded_order(samples, seed=seed, stream=epoch)
+def _epoch_order(samples: int, seed: int, epoch: int, held_out: int) -> Ints:
+    order = seeded_order(samples, seed=seed, stream=epoch)
+    return order[~np.isin(order, held_out_samples(samples, seed=seed, held_out=held_out))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +76,16 @@ class MicroBatches:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        for sample in self.samples:
-            yield batch_of(
-                self.dataset,
-                sample,
-                sp_rank=self.sp_rank,
-                sp=self.sp,
-                cross_document_attention=self.cross_document_attention,
-            )
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Batch:
+        return batch_of(
+            self.dataset,
+            self.samples[number],
+            sp_rank=self.sp_rank,
+            sp=self.sp,
+            cross_document_attention=self.cross_document_attention,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +126,8 @@ class PackedLoader:
     cross_document_attention: bool = False
     start: Cursor = Cursor()
     """Where this job goes on."""
+    held_out: int = 0
+    """Samples that are never trained on: `held_out_samples`."""
 
     def __len__(self) -> int:
         return self.steps - self.start.step
@@ -123,7 +146,7 @@ class PackedLoader:
 
     def sample_at(self, position: int) -> Place:
         """The sample at a position of the training order; a pure function of data set and seed."""
-        return place_at(position, samples=self.dataset.samples, seed=self.seed)
+        return place_at(position, samples=self.dataset.samples, seed=self.seed, held_out=self.held_out)
 
     def step(self, step: int) -> StepBatch:
         """Step number `step`, whichever was read before it."""

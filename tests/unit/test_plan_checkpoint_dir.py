@@ -31,6 +31,7 @@ def save(folder: Path, step: int) -> Checkpoint:
         sp=2,
         zero_stage=3,
         packing_key="128-abc",
+        held_out=0,
         commit="0123",
         saved_at=1.5,
         files=(SavedFile("deepspeed/part.pt", len(CONTENT), zlib.crc32(CONTENT)),),
@@ -57,7 +58,7 @@ def test_without_a_folder_there_is_none(tmp_path):
 
 def test_only_whole_folders_count_and_the_rest_is_cleared_away(tmp_path):
     save(tmp_path, 2)
-    for name in (checkpoint_dir.writing_name(3), ".deleting-step-000001", ".universal-step-000002"):
+    for name in (checkpoint_dir.writing_name(Path("step-000003")), ".deleting-step-000001", ".universal-step-000002"):
         (tmp_path / name).mkdir()
     (tmp_path / "damaged-step-000001").mkdir()
     assert steps(tmp_path) == [2]
@@ -164,7 +165,7 @@ def test_another_model_is_refused(run_dir, override):
         resumed_plan(run_dir, [override])
 
 
-@pytest.mark.parametrize("override", ["data.seed=1", "data.seq_len=65536"])
+@pytest.mark.parametrize("override", ["data.seed=1", "data.seq_len=65536", "evaluation.samples=3", "evaluation=null"])
 def test_other_samples_are_refused(run_dir, override):
     with pytest.raises(UserError, match="place in the data"):
         resumed_plan(run_dir, [override])
