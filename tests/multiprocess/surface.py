@@ -130,7 +130,7 @@ def guarded(plan: JobPlan, meshes: dict[int, Mesh], dataset: PackedDataset, run_
             result = step_of(trainee, batch)
             if batch.step == 0:
                 no_gradient = replace(result, grad_norm=math.nan, update_applied=False)
-                backward = said_by(Guard(trainee, dataset, run_dir), batch, no_gradient)
+                backward = said_by(Guard(trainee, dataset, run_dir, lambda step: None), batch, no_gradient)
             if message := said_by(guard, batch, result):
                 record = json.loads(run_dir.nan_record(batch.step + 1).read_text()) if dist.get_rank() == 0 else {}
                 found = {"message": message, "step": batch.step + 1, "saved_aside": saved_aside, "record": record}

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data.pack import pack
 from pipeline.data.packed_dataset import PackedDataset
+from pipeline.plan.checkpoint_dir import damage, read_checkpoint, step_folders
 from tests.multiprocess.parity import VOCAB
 from tests.multiprocess.ranks import ROOT, run_ranks
 from tests.multiprocess.surface import DECAY, EVALUATED, HELD_OUT, LR, NAN_TOKEN, NOT_FINITE, SEQ_LEN, STEPS
@@ -155,6 +156,7 @@ def test_a_run_that_meets_nan_ends_and_says_where_and_keeps_what_it_has(folder, 
         "zero": {"offload_optimizer": None},
         "train": {"steps": 100, "self_check": None, "deterministic": True},
         "evaluation": {"every_steps": 6, "samples": HELD_OUT},
+        "checkpoint": {"every_steps": 100},
         "tracking": {"mlflow": False},
         "hardware": {"gpu": "cpu", "gpus_per_node": 2},
     }
@@ -175,6 +177,11 @@ def test_a_run_that_meets_nan_ends_and_says_where_and_keeps_what_it_has(folder, 
     (suspect,) = found["suspects"]
     assert f"rank {suspect['rank']}, micro-batch 0, sample {suspect['sample']}: corpus.jsonl:{GUILTY + 1}" in printed
     assert str(record) in printed
+    aside = read_checkpoint(run / "checkpoints" / f"aside-step-{found['step'] - 1:06d}")
+    assert str(aside.path) in printed
+    assert damage(aside, checksums=True) is None
+    assert aside.record.step == found["step"] - 1
+    assert step_folders(run / "checkpoints") == [], "nobody resumes from there"
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, found["step"]))
     assert f"held out: {HELD_OUT} samples" in printed
