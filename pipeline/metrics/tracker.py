@@ -138,8 +138,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 class MlflowWriter:
     """One MLflow run. After a failure it warns, keeps quiet for `RETRY_SECONDS` and then tries again."""
 
-    def __init__(self, client: Any, run_id: str, *, known_params: Mapping[str, str], warn: Warn) -> None:
+    def __init__(
+        self, client: Any, run_id: str, *, known_params: Mapping[str, str], warn: Warn, steps_told: int = 0
+    ) -> None:
         self.run_id = run_id
+        self._steps_told = steps_told  # by earlier starts: a step that is done again is not told twice
         self._client = client
         self._known_params = known_params
         self._warn = warn
@@ -163,7 +166,7 @@ class MlflowWriter:
                 self._client.log_batch(self.run_id, params=new[start : start + PARAMS_PER_CALL])
 
     def log_step(self, record: StepRecord) -> None:
-        if self._is_quiet():
+        if self._is_quiet() or record.step <= self._steps_told:
             return
         from mlflow.entities import Metric
 
@@ -320,7 +323,8 @@ def _open_mlflow(store: MlflowStore, run_dir: Path, experiment: str, run_name: s
         if run is None:
             run = client.create_run(_experiment_id(client, experiment, store.artifact_location), run_name=run_name)
             _write_run_id(run_dir / RUN_ID_FILE, run.info.run_id)
-    return MlflowWriter(client, run.info.run_id, known_params=run.data.params, warn=warn)
+        told = max((metric.step for metric in client.get_metric_history(run.info.run_id, "loss")), default=0)
+    return MlflowWriter(client, run.info.run_id, known_params=run.data.params, warn=warn, steps_told=told)
 
 
 def _resume_run(client: Any, run_id_file: Path) -> Any:

@@ -258,6 +258,7 @@ def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
                 "make mlflow                       the run in a browser",
                 "alst inspect PACKED_DATA          what the samples are made of",
                 "alst train tiny train.steps=100   any key of a recipe can be overridden",
+                "alst resume RUN train.steps=100   train this run longer; `alst export RUN OUT` writes its weights",
                 "make demo-million                 one step on one sample of 1,048,576 tokens",
             ),
         )
