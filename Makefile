@@ -8,13 +8,16 @@ RECIPE ?= tiny
 PORT   ?= 5000
 RUNS   := $(or $(ALST_RUNS),runs)
 ARGS   ?=
+# Of the throw-away Slurm cluster. Short: a socket's path in it may not be longer than 107 characters.
+CLUSTER_DIR ?= /tmp/alst-cluster-$(shell id -u)
 
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := containers/versions.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-million plan train test test-quick test-full test-gpu lint mlflow clean
+.PHONY: help setup demo demo-million plan train cluster-up cluster-down
+.PHONY: test test-quick test-full test-gpu test-packages lint mlflow clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -37,17 +40,28 @@ mlflow: $(VENV)/.ready ## the runs in a browser, on http://127.0.0.1:$(PORT)
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri sqlite:///$(RUNS)/mlflow.db --artifacts-destination $(RUNS)/mlartifacts
 
-test: $(VENV)/.ready-dev lint ## everything CI runs
+cluster-up: ## a throw-away Slurm cluster on this machine: four nodes, fake GPUs, accounting
+	@$(PYTHON) slurm/local_cluster.py install
+	@$(PYTHON) slurm/local_cluster.py up $(CLUSTER_DIR)
+
+cluster-down: ## end it, and all that ran on it
+	@$(PYTHON) slurm/local_cluster.py down $(CLUSTER_DIR)
+
+test: $(VENV)/.ready-dev test-packages lint ## everything CI runs
 	$(BIN)/python -m pytest
 
 test-quick: $(VENV)/.ready-dev lint ## the unit tests alone, in seconds
 	$(BIN)/python -m pytest tests/unit
 
-test-full: $(VENV)/.ready-dev lint ## also the long products
+test-full: $(VENV)/.ready-dev test-packages lint ## also the long products
 	$(BIN)/python -m pytest -m "full or not full"
 
 test-gpu: $(VENV)/.ready-dev ## what only a GPU can prove
 	$(BIN)/python -m pytest tests/gpu -rs
+
+# Where they cannot be installed the tests that need them are skipped by name; under CI=true that is a failure.
+test-packages:
+	@$(PYTHON) slurm/local_cluster.py install || { [ "$(CI)" != true ] && echo "make: tests/cluster will be SKIPPED"; }
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

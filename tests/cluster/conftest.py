@@ -1,0 +1,31 @@
+"""One real Slurm cluster for all tests here. Without its packages they are skipped; under CI=true they fail."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm.local_cluster import LocalCluster, missing_programs
+
+
+@pytest.fixture(scope="session")
+def programs() -> None:
+    """Slurm's and MariaDB's programs are on this machine."""
+    if missing := missing_programs():
+        told = f"{', '.join(missing)} not on this machine; run `make cluster-up` as root once"
+        if os.environ.get("CI") == "true":
+            pytest.fail(told)
+        pytest.skip(told)
+
+
+@pytest.fixture(scope="session")
+def cluster(programs) -> Iterator[LocalCluster]:
+    with tempfile.TemporaryDirectory(prefix="alst-") as folder:
+        cluster = LocalCluster(Path(folder) / "c")
+        cluster.up()
+        try:
+            yield cluster
+        finally:
+            cluster.down()
