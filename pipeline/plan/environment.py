@@ -29,7 +29,7 @@ def environment(plan: JobPlan, *, cpus_per_rank: int) -> list[Variable]:
         Variable("PYTHONUNBUFFERED", "1", "a rank's log holds what it printed before it died"),
     ]
     if plan.recipe.hardware.gpu is Gpu.CPU:
-        return [*table, *_CPU_ONLY]
+        return [*table, *_CPU_ONLY, *(_ONE_MACHINE if plan.nodes == 1 else ())]
     table.append(
         Variable(
             "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1", "flash-attn-4 compiles each variant once, not once a job"
@@ -51,8 +51,9 @@ def environment(plan: JobPlan, *, cpus_per_rank: int) -> list[Variable]:
 _CPU_ONLY = (
     Variable("DS_ACCELERATOR", "cpu", "DeepSpeed must not look for a GPU"),
     Variable("CUDA_VISIBLE_DEVICES", "", "a recipe for cpu trains on cpu, also where there is a GPU"),
-    Variable("GLOO_SOCKET_IFNAME", "lo", "the ranks are on one machine, whose name may not resolve"),
 )
+
+_ONE_MACHINE = (Variable("GLOO_SOCKET_IFNAME", "lo", "the ranks are on one machine, whose name may not resolve"),)
 
 
 def applied(table: list[Variable]) -> dict[str, str]:

@@ -62,6 +62,28 @@ class RunDir:
         return self.root / "packed" / plan.packing_key
 
     @property
+    def slurm(self) -> Path:
+        """What was handed to Slurm: sbatch texts, submitit's files, and which jobs there were."""
+        return self.path / "slurm"
+
+    def sbatch(self, stage: str) -> Path:
+        """The text of a stage's job."""
+        return self.slurm / f"{stage}.sbatch"
+
+    @property
+    def jobs(self) -> Path:
+        return self.slurm / "jobs.json"
+
+    @property
+    def cluster(self) -> Path:
+        """The profile of the cluster it was submitted to."""
+        return self.slurm / "cluster.json"
+
+    def is_packed(self, plan: JobPlan) -> bool:
+        """Whether the packed data set is complete: its manifest is written last."""
+        return (self.packed(plan) / "manifest.json").is_file()
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -1,0 +1,218 @@
+"""A cluster, as a profile says it: how jobs are asked for there, and what they find. `slurm/clusters/*.yaml`.
+
+profile = load_cluster("infiniband")
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from pipeline.errors import RecipeError, UserError
+from pipeline.plan.environment import Variable
+from pipeline.plan.run_dir import RunDir
+from pipeline.recipe.findings import findings
+from pipeline.recipe.load import read_yaml
+from pipeline.recipe.schema import Count, Gpu, Section
+
+CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
+
+LOCAL = "local"
+"""Names no profile: this machine, without a scheduler."""
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
+"""Variables of such a name do not belong into a profile or a job's text."""
+
+_OURS = {
+    "partition": "the key `partition`",
+    "account": "the key `account`",
+    "qos": "the key `qos`",
+    "reservation": "the key `reservation`",
+    "time": "the key `time`",
+    "cpus-per-task": "the key `cpus_per_task`",
+    "mem": "the key `mem`",
+    "exclude": "the key `exclude`",
+    "gpus-per-node": "train.gpus and hardware.gpus_per_node",
+    "gres": "train.gpus and hardware.gpus_per_node",
+    "nodes": "--nodes of the command",
+    "ntasks-per-node": "hardware.gpus_per_node",
+}
+"""Options that have a place of their own; `extra` is for all others."""
+
+_KEPT = {"job-name", "output", "error", "export", "dependency", "kill-on-invalid-dep", "array", "requeue", "open-mode"}
+"""Options that a run stands on."""
+
+OptionValue = str | int | bool
+
+
+class EnvironmentVariable(Section):
+    """A row of the environment table of this cluster's jobs."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    value: str
+    reason: Annotated[str, Field(min_length=1)]
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_secret(cls, name: str) -> str:
+        if SECRET_NAME.search(name):
+            raise ValueError(
+                f"= {name!r}: a profile can be read by others; put {name} into the file named by `secrets`"
+            )
+        return name
+
+
+class JobOptions(Section):
+    """How one kind of job is asked for. null asks for nothing: the cluster's own default holds."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]
+    """The limit: [days-]hours:minutes:seconds."""
+    cpus_per_task: Count
+    mem: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = None
+    """Per node, as sbatch takes it: `200G`; `0` is all of the node."""
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Nodes not to run on."""
+    extra: dict[str, OptionValue] = Field(default_factory=dict)
+    """Any other option of sbatch: `constraint: ib`; true for one without a value."""
+
+    @field_validator("extra")
+    @classmethod
+    def _has_no_place_of_its_own(cls, extra: dict[str, OptionValue]) -> dict[str, OptionValue]:
+        for name in extra:
+            plain = name.replace("_", "-")
+            if plain in _OURS:
+                raise ValueError(f"{name}: has a place of its own; use {_OURS[plain]}")
+            if plain in _KEPT:
+                raise ValueError(f"{name}: is set by `alst submit`, which relies on it; remove it")
+        return extra
+
+    @property
+    def time_minutes(self) -> int:
+        """The limit in whole minutes, as Slurm counts."""
+        days, _, clock = self.time.rpartition("-")
+        hours, minutes, seconds = (int(part) for part in clock.split(":"))
+        return (int(days or 0) * 24 + hours) * 60 + minutes + (seconds > 0)
+
+
+class GpuRequest(Section):
+    """How this cluster wants its GPUs asked for."""
+
+    option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    type: str | None = None
+    """`h100` makes `--gpus-per-node=h100:8`, `--gres=gpu:h100:8`."""
+
+
+class TrainOptions(JobOptions):
+    """The train job: one task per GPU."""
+
+    gpus: GpuRequest | None = GpuRequest()
+    """null asks for none: nodes that are given out whole, and nodes without GPUs."""
+
+
+class ClusterHardware(Section):
+    """What a node of the train job has; takes the place of the recipe's `hardware`."""
+
+    gpu: Annotated[Gpu, Field(strict=False)]
+    gpus_per_node: Count
+    """Ranks per node; on `cpu`, processes."""
+
+
+class ContainerProfile(Section):
+    """The Apptainer image that jobs run in."""
+
+    image: str
+    """Path of the .sif, seen by every node."""
+    binds: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """`/source[:/target[:ro]]`, beside the folder of runs, which is always bound."""
+    options: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Further options of `apptainer exec`."""
+
+
+class ClusterProfile(Section):
+    """A cluster. Made by `load_cluster`."""
+
+    hardware: ClusterHardware
+    pack: JobOptions
+    train: TrainOptions
+    shared: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Folders that every node sees under the same path; the folder of runs must lie in one. null: not checked."""
+    scratch: str | None = None
+    """A folder of each node's own, for temporary files."""
+    umask: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] | None = None
+    group: str | None = None
+    """The group that run folders belong to."""
+    container: ContainerProfile | None = None
+    """null: jobs run in the Python that submits, which must lie on a shared folder."""
+    modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """`module load` of each, in order."""
+    setup: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Lines of shell, after the modules and before the tasks start."""
+    environment: Annotated[tuple[EnvironmentVariable, ...], Field(strict=False)] = ()
+    secrets: str | None = None
+    """A file of NAME=value lines that only you can read; each task reads it itself."""
+    tracking_uri: str | None = None
+    """Of an MLflow server; null leaves the recipe's tracking.uri."""
+
+    def overrides(self, *, nodes: int | None) -> list[str]:
+        """What the cluster says in place of the recipe, as overrides of it."""
+        said = [f"hardware.gpu={self.hardware.gpu.value}", f"hardware.gpus_per_node={self.hardware.gpus_per_node}"]
+        said += [f"hardware.nodes={nodes}"] if nodes is not None else []
+        return said + ([f"tracking.uri='{self.tracking_uri}'"] if self.tracking_uri else [])
+
+    def variables(self) -> list[Variable]:
+        """Rows of the environment table."""
+        rows = [Variable(row.name, row.value, row.reason) for row in self.environment]
+        if self.scratch is not None:
+            rows.append(Variable("TMPDIR", self.scratch, "temporary files stay on the node"))
+        return rows
+
+
+def cluster_names() -> list[str]:
+    return sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
+
+
+def default_cluster() -> str:
+    """$ALST_CLUSTER, else `default`."""
+    return os.environ.get("ALST_CLUSTER") or "default"
+
+
+def load_cluster(name: str) -> ClusterProfile:
+    """The profile of that name under slurm/clusters/, or at that path.
+
+    Raises UserError naming each bad value, the rule and the remedy.
+    """
+    path = _find(name)
+    try:
+        raw: dict[str, Any] = read_yaml(path)
+        return ClusterProfile.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in findings(error, raw, ClusterProfile))) from None
+    except RecipeError as error:
+        raise UserError(f"{error}") from None
+
+
+def cluster_of(run_dir: RunDir, *, named: str | None) -> ClusterProfile | None:
+    """Where a run goes on: on the cluster that is named, else where it was submitted to; None is this machine."""
+    if named == LOCAL:
+        return None
+    if named is not None:
+        return load_cluster(named)
+    if not run_dir.cluster.is_file():
+        return None
+    return ClusterProfile.model_validate_json(run_dir.cluster.read_text(encoding="utf-8"))
+
+
+def _find(name: str) -> Path:
+    for path in (Path(name), CLUSTERS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"cluster {name!r}: no such file, nor a name under slurm/clusters/; give a path, or one of: "
+        f"{', '.join([*cluster_names(), LOCAL])}"
+    )
