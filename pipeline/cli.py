@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,7 @@ from pipeline import __version__
 from pipeline.errors import AlstError
 
 if TYPE_CHECKING:
+    from pipeline.launch.submit import SubmittedJob
     from pipeline.plan.job import JobPlan
 
 app = typer.Typer(
@@ -27,6 +29,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe: a path, or a name
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides of the recipe, e.g. train.steps=50 memory.tiled_mlp=null")
 ]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under ./runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
 
@@ -92,38 +95,115 @@ def inspect(directory: Annotated[Path, typer.Argument(help="A packed data set.")
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Pack what is not packed yet, and train on this machine. Everything lands in one run folder."""
-    from pipeline.launch.local import check_one_node, run_local
-    from pipeline.launch.snapshot import take_snapshot
-    from pipeline.plan.run_dir import create_run_dir
+    _train_here(_plan(recipe, overrides))
 
-    job = _plan(recipe, overrides)
-    check_one_node(job)
-    run_dir = create_run_dir(job)
-    take_snapshot(run_dir)
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="A profile: a name under slurm/clusters/, or a path; `local` is this machine. $ALST_CLUSTER"),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes, instead of hardware.nodes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and print everything, submit nothing.")] = False,
+) -> None:
+    """Pack and train on a Slurm cluster. Everything lands in one run folder."""
+    from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
+    from pipeline.plan.table import print_plan
+
+    name = cluster or default_cluster()
+    if name == LOCAL:
+        job = _plan(recipe, overrides, nodes=nodes)
+        print_plan(job)
+        if not dry_run:
+            _train_here(job)
+        return
+    from pipeline.launch.submit import prepare, read_jobs, submit_new
+
+    profile = load_cluster(name)
+    job = _plan(recipe, [*profile.overrides(nodes=nodes), *(overrides or [])])
+    print_plan(job)
+    run_dir = prepare(job, profile) if dry_run else submit_new(job, profile)
     typer.echo(f"run folder: {run_dir.path}")
-    run_local(job, run_dir)
+    if dry_run:
+        for text in sorted(run_dir.slurm.glob("*.sbatch")):
+            typer.echo(f"\n# {text}\n{text.read_text()}")
+    else:
+        _tell_jobs(read_jobs(run_dir))
 
 
 @app.command()
 def resume(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under ./runs.")],
+    run_folder: RunArgument,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="What changes, e.g. train.steps=200 hardware.gpus_per_node=4 parallel.sp=4"),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Another cluster than it was submitted to; `local` is this machine.")
     ] = None,
 ) -> None:
     """Go on with a run from its newest whole checkpoint; with other ranks if you say so. Nothing is done twice."""
     from pipeline.launch.local import check_one_node, run_local
     from pipeline.launch.resume import check_unfinished, find_run, resumed_plan
+    from pipeline.plan.cluster import cluster_of
     from pipeline.plan.run_dir import runs_root
 
     run_dir = find_run(run_folder, runs=runs_root())
-    job = resumed_plan(run_dir, overrides or [])
-    check_one_node(job)
+    profile = cluster_of(run_dir, named=cluster)
+    said = profile.overrides(nodes=None) if profile is not None and cluster is not None else []
+    job = resumed_plan(run_dir, [*said, *(overrides or [])])
     check_unfinished(job, run_dir)
-    run_dir.write_plan(job)
-    typer.echo(f"run folder: {run_dir.path}")
-    run_local(job, run_dir)
+    if profile is None:
+        check_one_node(job)
+        run_dir.write_plan(job)
+        typer.echo(f"run folder: {run_dir.path}")
+        run_local(job, run_dir)
+        return
+    from pipeline.launch.submit import submit_again
+    from pipeline.launch.watch import check_not_queued
+
+    check_not_queued(run_dir)
+    _tell_jobs(submit_again(job, profile, run_dir))
+
+
+@app.command()
+def status(run_folder: RunArgument) -> None:
+    """Show what has become of a submitted run: its jobs, the step, the loss, the time left; failures first."""
+    from pipeline.launch.resume import find_run
+    from pipeline.launch.status import status_lines
+    from pipeline.plan.run_dir import runs_root
+
+    for line in status_lines(find_run(run_folder, runs=runs_root())):
+        typer.echo(line)
+
+
+@app.command()
+def logs(
+    run_folder: RunArgument,
+    rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
+) -> None:
+    """Show the end of a rank's log, of the newest start of the newest job."""
+    from pipeline.launch.resume import find_run
+    from pipeline.launch.watch import read_log
+    from pipeline.plan.run_dir import runs_root
+
+    for line in read_log(find_run(run_folder, runs=runs_root()), rank=rank, follow=follow):
+        typer.echo(line, nl=False)
+
+
+@app.command()
+def cancel(run_folder: RunArgument) -> None:
+    """Cancel the jobs of a run that wait or run. Its checkpoints stay; `alst resume` goes on."""
+    from pipeline.launch.resume import find_run
+    from pipeline.launch.watch import cancel as cancel_jobs
+    from pipeline.plan.run_dir import runs_root
+
+    cancelled = cancel_jobs(find_run(run_folder, runs=runs_root()))
+    typer.echo(f"cancelled: {', '.join(cancelled)}" if cancelled else "no job of it waits or runs")
 
 
 @app.command()
@@ -142,7 +222,7 @@ def run(
 
 @app.command()
 def export(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under ./runs.")],
+    run_folder: RunArgument,
     out: Annotated[Path, typer.Argument(help="The new folder, for from_pretrained.")],
     step: Annotated[int | None, typer.Option(help="Of which checkpoint; by default the newest whole one.")] = None,
     dtype: Annotated[
@@ -196,6 +276,23 @@ def _plan(recipe: str, overrides: list[str] | None, *, nodes: int | None = None)
     if nodes is not None:
         asked.append(f"hardware.nodes={nodes}")
     return plan_job(load(recipe, overrides=asked))
+
+
+def _train_here(job: "JobPlan") -> None:
+    from pipeline.launch.local import check_one_node, run_local
+    from pipeline.launch.snapshot import take_snapshot
+    from pipeline.plan.run_dir import create_run_dir
+
+    check_one_node(job)
+    run_dir = create_run_dir(job)
+    take_snapshot(run_dir)
+    typer.echo(f"run folder: {run_dir.path}")
+    run_local(job, run_dir)
+
+
+def _tell_jobs(submitted: "Sequence[SubmittedJob]") -> None:
+    for job in submitted:
+        typer.echo(f"{job.stage} job: {job.id}")
 
 
 def main() -> None:

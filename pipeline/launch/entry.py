@@ -1,15 +1,41 @@
 """What a process of a job runs: one stage of a plan. The same for a local rank and for a task of a job."""
 
+import json
 import os
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from pipeline.errors import AlstError
+from pipeline.errors import AlstError, UserError
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.run_dir import RunDir
 
 Stage = Literal["pack", "train"]
+
+LOGS = "ALST_LOGS"
+"""Where a task of a job finds the folder of its start's logs."""
+
+SLURM_RANK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+"""torch's names of a rank's place, and Slurm's."""
+
+
+def run_task(plan_path: str, stage: Stage) -> None:
+    """What a task of a submitted job runs: the stage, with its own log in the run folder, under Slurm's signals."""
+    # submitit bypasses SIGTERM, and at USR2 rank 0 alone would save, somewhere in a step.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    take_rank_from_slurm()
+    _write_log(RunDir(Path(plan_path).parent), stage)
+    code = 0
+    try:
+        read_secrets()
+        run_stage(Path(plan_path), stage)
+    except Exception as error:
+        code = _told(error)
+    sys.exit(code)
 
 
 def run_stage(plan_path: Path, stage: Stage) -> None:
@@ -24,6 +50,7 @@ def run_stage(plan_path: Path, stage: Stage) -> None:
             with console_progress() as progress:
                 pack(plan.recipe, run_dir.packed(plan), progress=progress)
         case "train":
+            take_rank_from_slurm()
             _train(plan, run_dir)
 
 
@@ -34,14 +61,69 @@ def _train(plan: JobPlan, run_dir: RunDir) -> NoReturn:
     code = 0
     try:
         run(plan, run_dir)
-    except AlstError as error:
-        print(f"alst: {error}", file=sys.stderr)
-        code = error.exit_code
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        code = 1
+    except BaseException as error:
+        code = _told(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _told(error: BaseException) -> int:
+    """Tell the error in this rank's log, and in a job among its start's failures; the exit code that goes with it."""
+    if isinstance(error, AlstError):
+        text, code = str(error), error.exit_code
+        print(f"alst: {text}", file=sys.stderr)
+    else:
+        text, code = "".join(traceback.format_exception_only(error)).strip(), 1
+        traceback.print_exception(error)
+    if logs := os.environ.get(LOGS):
+        row = {"time": time.time(), "rank": int(os.environ["RANK"]), "error": text}
+        with (Path(logs) / "failures.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return code
+
+
+def take_rank_from_slurm() -> None:
+    """A task that srun started knows its place from Slurm; whoever started it otherwise has said so already."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        os.environ.update({name: os.environ[slurm] for name, slurm in SLURM_RANK.items()})
+
+
+def read_secrets() -> None:
+    """The variables of the file that $ALST_SECRETS names, into this process alone.
+
+    Raises UserError if others could read it, or if a line is no NAME=value.
+    """
+    if not (name := os.environ.get("ALST_SECRETS")):
+        return
+    path = Path(name).expanduser()
+    check_secrets(path)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip() and not line.startswith("#"):
+            key, equals, value = line.partition("=")
+            if not equals or not key.isidentifier():
+                raise UserError(f"{path}: line {number} is not NAME=value; correct it")
+            os.environ[key] = value
+
+
+def check_secrets(path: Path) -> None:
+    """Raises UserError unless the file is there, is this user's, and no one else can read it."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"secrets = {path}: {error.strerror}; write NAME=value lines there, mode 0600") from None
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o077:
+        raise UserError(f"secrets = {path}: mode {stat.st_mode & 0o777:04o}, others may read it; run: chmod 600 {path}")
+
+
+def _write_log(run_dir: RunDir, stage: Stage) -> None:
+    """From here on, what this process and its children print goes to the rank's own log."""
+    job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    folder = run_dir.logs(job=f"{stage}-{job}", restart=restart)
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.environ[LOGS] = str(folder)
+    with (folder / f"rank{os.environ['RANK']}.log").open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)

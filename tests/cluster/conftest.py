@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slurm.local_cluster import LocalCluster, missing_programs
+from tests.cluster.user import User
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,9 @@ def cluster(programs) -> Iterator[LocalCluster]:
             yield cluster
         finally:
             cluster.down()
+
+
+@pytest.fixture(scope="session")
+def user(tmp_path_factory, cluster) -> User:
+    """One for all tests, so that what one packed the others need not."""
+    return User(tmp_path_factory.mktemp("user"), cluster)

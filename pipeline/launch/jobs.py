@@ -1,0 +1,144 @@
+"""What a plan asks of Slurm, job by job: options, the lines before its tasks start, and the Python that runs them.
+
+Pure: nothing is asked of a cluster here, so that a dry run needs none.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+
+from pipeline.launch.entry import Stage
+from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
+from pipeline.plan.environment import Variable, environment
+from pipeline.plan.job import JobPlan
+from pipeline.plan.run_dir import RunDir
+
+PASSED_ON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "MODULEPATH")
+"""Of the environment that submits: enough for a shell and its modules. All else stays, secrets first of all."""
+
+PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS")
+"""Where things lie; the same for the one who submits and for the job."""
+
+RENDEZVOUS = (
+    "# The batch script runs on the first node: rank 0 will listen there, where Slurm itself reaches it.",
+    'export MASTER_ADDR="$(scontrol show node "$SLURMD_NODENAME" | sed -n \'s/.*NodeAddr=\\([^ ]*\\).*/\\1/p\')"',
+    'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"',
+)
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One job, as it will be asked for. A job waits for all jobs before it in the run's list."""
+
+    stage: Stage
+    name: str
+    nodes: int
+    tasks_per_node: int
+    cpus_per_task: int
+    time_minutes: int
+    options: dict[str, OptionValue]
+    """Further options of sbatch; true for one without a value."""
+    setup: tuple[str, ...]
+    """Lines of shell before the tasks start."""
+    python: str
+    """How a task starts Python; goes to the shell as it is."""
+
+
+def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[JobRequest, ...]:
+    """The jobs of a run, in order; each starts when the one before it has ended well.
+
+    A data set that is packed already is not packed again.
+    """
+    train = _train_job(plan, profile, run_dir)
+    return (train,) if run_dir.is_packed(plan) else (_pack_job(plan, profile, run_dir), train)
+
+
+def _pack_job(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> JobRequest:
+    options = _options(profile.pack)
+    return _job("pack", plan, profile, run_dir, profile.pack, nodes=1, tasks_per_node=1, options=options, lines=())
+
+
+def _train_job(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> JobRequest:
+    tasks, gpus = plan.recipe.hardware.gpus_per_node, profile.train.gpus
+    options = _options(profile.train)
+    if gpus is not None:
+        number = f"{gpus.type}:{tasks}" if gpus.type else str(tasks)
+        options[gpus.option] = f"gpu:{number}" if gpus.option == "gres" else number
+    return _job(
+        "train", plan, profile, run_dir, profile.train,
+        nodes=plan.nodes, tasks_per_node=tasks, options=options, lines=RENDEZVOUS,
+    )  # fmt: skip
+
+
+def _job(
+    stage: Stage,
+    plan: JobPlan,
+    profile: ClusterProfile,
+    run_dir: RunDir,
+    asked: JobOptions,
+    *,
+    nodes: int,
+    tasks_per_node: int,
+    options: dict[str, OptionValue],
+    lines: tuple[str, ...],
+) -> JobRequest:
+    return JobRequest(
+        stage=stage,
+        name=f"{run_dir.path.name}-{stage}",
+        nodes=nodes,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=asked.cpus_per_task,
+        time_minutes=asked.time_minutes,
+        options=options,
+        setup=(*_setup(profile), *_exports(job_environment(plan, profile, run_dir, asked)), *lines),
+        python=_python(profile, run_dir),
+    )
+
+
+def _options(asked: JobOptions) -> dict[str, OptionValue]:
+    named = {
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "reservation": asked.reservation,
+        "mem": asked.mem,
+        "exclude": ",".join(asked.exclude) or None,
+    }
+    options: dict[str, OptionValue] = {name: value for name, value in named.items() if value is not None}
+    options["requeue"] = True  # a node that fails costs the steps since the last checkpoint, and no person's time
+    options["export"] = ",".join([*PASSED_ON, *PASSED_ON_BY_NAME])
+    return options | {name.replace("_", "-"): value for name, value in asked.extra.items() if value is not False}
+
+
+def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, asked: JobOptions) -> tuple[Variable, ...]:
+    """The environment table of a job: what every rank gets anywhere, then where its code lies, then the cluster's."""
+    table = [
+        *environment(plan, cpus_per_rank=asked.cpus_per_task),
+        Variable("PYTHONPATH", str(run_dir.code), "a job runs the code as it was when it was submitted"),
+        Variable("PYTHONSAFEPATH", "1", "not what lies in the folder it was submitted from"),
+        Variable("HF_HUB_OFFLINE", "1", "compute nodes have no internet, and a thousand ranks must not ask the hub"),
+        Variable("SLURM_EXPORT_ENV", "ALL", "srun would pass on only what sbatch was asked to"),
+        *profile.variables(),
+    ]
+    if profile.secrets is not None:
+        table.append(Variable("ALST_SECRETS", profile.secrets, "each task reads this file itself"))
+    return tuple({variable.name: variable for variable in table}.values())
+
+
+def _setup(profile: ClusterProfile) -> list[str]:
+    lines = [f"umask {profile.umask}"] if profile.umask else []
+    lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
+    return lines + list(profile.setup)
+
+
+def _exports(table: tuple[Variable, ...]) -> list[str]:
+    return [f"export {variable.name}={shlex.quote(variable.value)}  # {variable.reason}" for variable in table]
+
+
+def _python(profile: ClusterProfile, run_dir: RunDir) -> str:
+    """This Python, or the image's."""
+    if profile.container is None:
+        return shlex.quote(sys.executable)
+    container = profile.container
+    binds = [f"--bind={bind}" for bind in (str(run_dir.root), *container.binds)]
+    return shlex.join(["apptainer", "exec", *binds, *container.options, container.image, "python"])

@@ -1,0 +1,42 @@
+"""`alst status`: a run as a person reads it, what went wrong first."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from pipeline.launch.watch import JobState, first_failure, job_states, last_step
+from pipeline.plan.job import read_plan
+from pipeline.plan.run_dir import RunDir
+
+FAILED = {"FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE"}
+
+
+def status_lines(run_dir: RunDir) -> Iterator[str]:
+    """Failures, then the jobs, then how far training is."""
+    states = job_states(run_dir)
+    for state in states:
+        if state.state in FAILED and (failure := first_failure(run_dir, state.job)) is not None:
+            yield f"{state.job.stage} failed: {failure.text}"
+            yield f"  in {failure.source}"
+    for state in states:
+        yield _job_line(state)
+    row = last_step(run_dir)
+    if row is not None:
+        yield _step_line(row, read_plan(run_dir.plan).recipe.train.steps, states)
+
+
+def _job_line(state: JobState) -> str:
+    detail = f" ({state.detail})" if state.detail else ""
+    again = f", restarted {state.restarts} x" if state.restarts else ""
+    return f"{state.job.stage:<6} job {state.job.id}: {state.state}{detail}{again}"
+
+
+def _step_line(row: dict[str, Any], steps: int, states: list[JobState]) -> str:
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+    done = f"step   {row['step']}/{steps}  loss {loss}  {row['tokens_per_second']:,.0f} tokens/s"
+    left = next((state.seconds_left for state in reversed(states) if state.seconds_left is not None), None)
+    if left is None:
+        return done
+    needed = round((steps - row["step"]) * row["step_seconds"])
+    fits = "" if needed <= left else ": it will not end in this job; `alst resume` goes on"
+    return f"{done}  ETA {timedelta(seconds=needed)} of {timedelta(seconds=left)} left{fits}"

@@ -1,0 +1,238 @@
+"""A plan becomes jobs in Slurm's queue: pack, then train, through submitit. The only place that knows submitit.
+
+A job is a pickled path and no more: each task calls `launch.entry.run_task` with the run folder's plan.json.
+"""
+
+import grp
+import json
+import os
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from submitit import SlurmExecutor
+
+from pipeline.errors import AlstError, RunError, UserError
+from pipeline.files import write_json
+from pipeline.launch.entry import Stage, check_secrets, run_task
+from pipeline.launch.jobs import JobRequest, jobs_of
+from pipeline.launch.snapshot import take_snapshot
+from pipeline.plan.cluster import ClusterProfile
+from pipeline.plan.job import JobPlan
+from pipeline.plan.run_dir import RunDir, create_run_dir, runs_root
+
+ANSWER_SECONDS = 60  # of Slurm's commands; a controller under load takes some
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that was handed to Slurm."""
+
+    stage: Stage
+    id: str
+    submitted_at: float
+    """Unix seconds."""
+
+
+class _Executor(SlurmExecutor):
+    """submitit's writer of sbatch texts and pickles, which also writes a text where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def text(self) -> str:
+        """What would be handed to sbatch."""
+        text: str = self._make_submission_file_text(self._submitit_command_str, "")
+        return text
+
+
+def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
+    """A new run, in Slurm's queue. Raises UserError before anything is there, and then leaves no folder."""
+    check_submission(profile)
+    run_dir = prepare(plan, profile)
+    try:
+        check_accepted(plan, profile, run_dir)
+        submit(plan, profile, run_dir)
+    except AlstError:
+        shutil.rmtree(run_dir.path)
+        raise
+    return run_dir
+
+
+def submit_again(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> list[SubmittedJob]:
+    """What is left of a run, in Slurm's queue; the new jobs. Raises UserError before anything is there."""
+    check_submission(profile)
+    check_accepted(plan, profile, run_dir)
+    run_dir.write_plan(plan)
+    write_texts(plan, profile, run_dir)
+    return submit(plan, profile, run_dir)
+
+
+def prepare(plan: JobPlan, profile: ClusterProfile) -> RunDir:
+    """A new run folder with code, recipe, plan, profile and the text of every job; nothing is submitted.
+
+    Raises UserError if it cannot be written.
+    """
+    if profile.group is not None:
+        _check_group(profile.group)
+    with _masked(profile.umask):
+        run_dir = create_run_dir(plan)
+        take_snapshot(run_dir)
+        write_texts(plan, profile, run_dir)
+    if profile.group is not None:
+        _give_to_group(run_dir, profile.group)
+    return run_dir
+
+
+def write_texts(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> None:
+    """The profile, and the text of every job that is to be done, into the run folder."""
+    run_dir.slurm.mkdir(exist_ok=True)
+    write_json(run_dir.cluster, profile.model_dump(mode="json"))
+    jobs = jobs_of(plan, profile, run_dir)
+    for old in run_dir.slurm.glob("*.sbatch"):
+        old.unlink()
+    for before, job in zip((None, *jobs), jobs, strict=False):
+        after = None if before is None else f"<the {before.stage} job>"
+        run_dir.sbatch(job.stage).write_text(_executor(job, run_dir, after=after).text())
+
+
+def submit(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> list[SubmittedJob]:
+    """Hand the run's jobs to Slurm, each to start when the one before has ended well; cancelled if it has not.
+
+    Raises RunError if Slurm takes none, or not all: then those that it took are cancelled.
+    """
+    submitted: list[SubmittedJob] = []
+    try:
+        for job in jobs_of(plan, profile, run_dir):
+            executor = _executor(job, run_dir, after=submitted[-1].id if submitted else None)
+            handed = executor.submit(run_task, str(run_dir.plan), job.stage)
+            submitted.append(SubmittedJob(job.stage, handed.job_id, time.time()))
+    except Exception as error:
+        if submitted:
+            subprocess.run(["scancel", *(job.id for job in submitted)], check=False, timeout=ANSWER_SECONDS)
+        raise RunError(f"{run_dir.path}: Slurm refused a job: {error}") from error
+    write_json(run_dir.jobs, {"jobs": [asdict(job) for job in (*read_jobs(run_dir), *submitted)]})
+    return submitted
+
+
+def read_jobs(run_dir: RunDir) -> list[SubmittedJob]:
+    """The jobs of a run, oldest first; none if it was never submitted."""
+    try:
+        raw = json.loads(run_dir.jobs.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    return [SubmittedJob(**job) for job in raw["jobs"]]
+
+
+def _executor(job: JobRequest, run_dir: RunDir, *, after: str | None) -> _Executor:
+    executor = _Executor(folder=run_dir.slurm, python=job.python)
+    options = dict(job.options)
+    if after is not None:
+        # Without the second, a job whose predecessor failed stays in the queue for ever.
+        options |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    executor.update_parameters(
+        job_name=job.name,
+        nodes=job.nodes,
+        ntasks_per_node=job.tasks_per_node,
+        cpus_per_task=job.cpus_per_task,
+        time=job.time_minutes,
+        setup=list(job.setup),
+        # Since 22.05 srun forgets sbatch's cpus-per-task; and a rank that fails must not leave the others waiting.
+        srun_args=[f"--cpus-per-task={job.cpus_per_task}", "--kill-on-bad-exit=1"],
+        additional_parameters=options,
+        wckey=None,
+    )
+    return executor
+
+
+# What is refused before anything is in the queue
+
+
+def check_submission(profile: ClusterProfile) -> None:
+    """Raises UserError for what would fail on the cluster, as far as it can be seen from here."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch: not on the PATH; submit from a login node of the cluster, or try CLUSTER=local, or DRY_RUN=1"
+        )
+    _check_partitions(profile)
+    _check_shared(profile, runs_root())
+    if profile.container is not None and not Path(profile.container.image).is_file():
+        raise UserError(
+            f"container.image = {profile.container.image}: no such file here; build or copy it, or correct the path"
+        )
+    if profile.secrets is not None:
+        check_secrets(Path(profile.secrets).expanduser())
+
+
+def check_accepted(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> None:
+    """Raises UserError with Slurm's own words if it would not take a job as it is asked for."""
+    for job in jobs_of(plan, profile, run_dir):
+        text = _executor(job, run_dir, after=None).text()
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+        )
+        if done.returncode:
+            said = " ".join(line.removeprefix("sbatch: ") for line in done.stderr.strip().splitlines())
+            raise UserError(f"{job.stage} job: {said}; correct the section `{job.stage}:` of the cluster's profile")
+
+
+def _check_partitions(profile: ClusterProfile) -> None:
+    done = subprocess.run(
+        ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+    )
+    if done.returncode:
+        raise UserError(f"Slurm does not answer: {done.stderr.strip()}; is SLURM_CONF right, and its controller up?")
+    there = sorted(set(done.stdout.split()))
+    for section, asked in (("pack", profile.pack.partition), ("train", profile.train.partition)):
+        missing = [name for name in (asked or "").split(",") if name and name not in there]
+        if missing:
+            raise UserError(
+                f"{section}.partition = {asked}: {', '.join(missing)} is not on this cluster; use one of "
+                f"{', '.join(there)}"
+            )
+
+
+def _check_shared(profile: ClusterProfile, runs: Path) -> None:
+    if profile.shared is None or any(runs.is_relative_to(folder) for folder in profile.shared):
+        return
+    raise UserError(
+        f"{runs}: the folder of runs is not shared with the nodes; set ALST_RUNS to a folder in one of "
+        f"{', '.join(profile.shared)}"
+    )
+
+
+def _check_group(group: str) -> None:
+    try:
+        known = grp.getgrnam(group).gr_gid
+    except KeyError:
+        known = None
+    if known is None or (os.geteuid() != 0 and known not in os.getgroups()):
+        raise UserError(f"group = {group}: not a group that you are a member of; name one, or leave it out")
+
+
+def _give_to_group(run_dir: RunDir, group: str) -> None:
+    """The folders keep the group for what is written into them later."""
+    for folder, _, files in os.walk(run_dir.path):
+        shutil.chown(folder, group=group)
+        Path(folder).chmod(Path(folder).stat().st_mode | stat.S_ISGID)
+        for name in files:
+            shutil.chown(Path(folder) / name, group=group)
+
+
+@contextmanager
+def _masked(umask: str | None) -> Iterator[None]:
+    """Files made inside get the profile's umask."""
+    if umask is None:
+        yield
+        return
+    before = os.umask(int(umask, 8))
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,196 @@
+"""What has become of a run: from Slurm's queue, its accounting and the run folder; nothing is remembered.
+
+The queue alone says that a job lives, so that one that crashed never looks alive.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.launch.submit import ANSWER_SECONDS, SubmittedJob, read_jobs
+from pipeline.plan.run_dir import RunDir
+
+FOLLOW_SECONDS = 0.5
+TAIL_LINES = 40
+KILLED = re.compile(r"^srun: error: .*task.*: (?!Exited with exit code).*$", re.MULTILINE)
+"""srun's words on a task that a signal ended: `srun: error: node1: task 3: Killed`. Such a task said nothing itself."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as Slurm has it now."""
+
+    job: SubmittedJob
+    state: str
+    """PENDING, RUNNING, …, as squeue says; once it has left the queue as sacct says; UNKNOWN if neither does."""
+    detail: str
+    """Why it waits, or how it ended."""
+    is_queued: bool
+    """It waits or runs."""
+    seconds_left: int | None
+    """Until its time limit, while it runs."""
+    restarts: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first thing that went wrong in the newest start of a job."""
+
+    source: Path
+    text: str
+
+
+def job_states(run_dir: RunDir) -> list[JobState]:
+    """Every job of the run, oldest first. Raises UserError if it was never submitted, or if squeue is not here."""
+    jobs = read_jobs(run_dir)
+    if not jobs:
+        raise UserError(f"{run_dir.path}: was not submitted to Slurm; see its logs/, or start it with `alst resume`")
+    if shutil.which("squeue") is None:
+        raise UserError("squeue: not on the PATH; ask on a login node of the cluster the run was submitted to")
+    queued, ended = _queued(jobs), _ended(jobs)
+    return [_state(job, queued, ended, run_dir) for job in jobs]
+
+
+def check_not_queued(run_dir: RunDir) -> None:
+    """Raises UserError if a job of the run waits or runs."""
+    for state in job_states(run_dir) if read_jobs(run_dir) else []:
+        if state.is_queued:
+            raise UserError(
+                f"{run_dir.path}: its {state.job.stage} job {state.job.id} is {state.state}; wait for its end, or "
+                f"`alst cancel {run_dir.path.name}`"
+            )
+
+
+def cancel(run_dir: RunDir) -> list[str]:
+    """Cancel the jobs that wait or run; their ids."""
+    living = [state.job.id for state in job_states(run_dir) if state.is_queued]
+    if living:
+        subprocess.run(["scancel", *living], check=False, timeout=ANSWER_SECONDS)
+    return living
+
+
+def last_step(run_dir: RunDir) -> dict[str, Any] | None:
+    """The newest whole row of metrics.jsonl."""
+    try:
+        lines = run_dir.metrics.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue  # being written
+        return row
+    return None
+
+
+def first_failure(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
+    """What went wrong first in the newest start of a job: a task that was killed, else the first that said why it ends.
+
+    That the others lost their connection to it is what follows.
+    """
+    words = run_dir.slurm / f"{job.id}_0_log.err"
+    newest = newest_logs(run_dir, job)
+    if words.is_file() and (killed := KILLED.findall(words.read_text(errors="replace"))):
+        return Failure(words, killed[-1])
+    if newest is None or not (newest / "failures.jsonl").is_file():
+        return None
+    first = min(map(json.loads, (newest / "failures.jsonl").read_text().splitlines()), key=lambda row: row["time"])
+    return Failure(newest / f"rank{first['rank']}.log", f"rank {first['rank']}: {first['error']}")
+
+
+def newest_logs(run_dir: RunDir, job: SubmittedJob) -> Path | None:
+    """The logs of a job's newest start."""
+    starts = _starts(run_dir, job)
+    return starts[-1] if starts else None
+
+
+def read_log(run_dir: RunDir, *, rank: int, follow: bool) -> Iterator[str]:
+    """The end of a rank's newest log, and with `follow` what is added to it until its job has ended.
+
+    Raises UserError if there is none, naming the ranks that have one.
+    """
+    job, folder = _newest_with_logs(run_dir)
+    path = folder / f"rank{rank}.log"
+    if not path.is_file():
+        ranks = sorted(int(log.stem.removeprefix("rank")) for log in folder.glob("rank*.log"))
+        raise UserError(f"--rank {rank}: {folder} has none; use one of {ranks}")
+    with path.open(encoding="utf-8", errors="replace") as log:
+        yield from log.readlines()[-TAIL_LINES:]
+        while follow:
+            if line := log.readline():
+                yield line
+            elif any(state.job.id == job.id and state.is_queued for state in job_states(run_dir)):
+                time.sleep(FOLLOW_SECONDS)
+            else:
+                return
+
+
+def _newest_with_logs(run_dir: RunDir) -> tuple[SubmittedJob, Path]:
+    for job in reversed(read_jobs(run_dir)):
+        if (folder := newest_logs(run_dir, job)) is not None:
+            return job, folder
+    raise UserError(f"{run_dir.path}: no job of it has started yet; see `alst status {run_dir.path.name}`")
+
+
+def _starts(run_dir: RunDir, job: SubmittedJob) -> list[Path]:
+    return sorted(run_dir.logs(job=f"{job.stage}-{job.id}").parent.glob("*"), key=lambda path: int(path.name))
+
+
+def _state(job: SubmittedJob, queued: dict[str, list[str]], ended: dict[str, list[str]], run_dir: RunDir) -> JobState:
+    restarts = max(0, len(_starts(run_dir, job)) - 1)
+    if job.id in queued:
+        state, reason, left = queued[job.id]
+        waits = reason if reason not in ("None", "") else ""
+        return JobState(job, state, waits, True, _seconds(left) if state == "RUNNING" else None, restarts)
+    if job.id in ended:
+        state, code, elapsed = ended[job.id]
+        return JobState(
+            job, state.split()[0], f"exit code {code.partition(':')[0]} after {elapsed}", False, None, restarts
+        )
+    return JobState(job, "UNKNOWN", "not in the queue, and the accounting does not know it", False, None, restarts)
+
+
+def _queued(jobs: list[SubmittedJob]) -> dict[str, list[str]]:
+    """State, reason and time left of the jobs that wait or run. Raises UserError if Slurm does not answer."""
+    ids = ",".join(job.id for job in jobs)
+    done = _ask("squeue", "--noheader", "--format=%i|%T|%r|%L", f"--jobs={ids}")
+    if done.returncode and "Invalid job id" not in done.stderr:  # all have left the queue long ago
+        raise UserError(f"Slurm does not answer: {done.stderr.strip()}; is SLURM_CONF right, and its controller up?")
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def _ended(jobs: list[SubmittedJob]) -> dict[str, list[str]]:
+    """State, exit code and elapsed time by the accounting; empty where there is none."""
+    if shutil.which("sacct") is None:
+        return {}
+    ids = ",".join(job.id for job in jobs)
+    done = _ask(
+        "sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={ids}", "--format=JobID,State,ExitCode,Elapsed"
+    )
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+
+
+def _seconds(left: str) -> int | None:
+    """Of `1-02:03:04`, `02:03:04`, `03:04`; None for UNLIMITED and the like."""
+    days, _, clock = left.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in (days or "0", *parts)):
+        return None
+    seconds = 0
+    for part in parts:
+        seconds = seconds * 60 + int(part)
+    return int(days or 0) * 86400 + seconds

@@ -1,0 +1,212 @@
+"""`alst submit` on a real Slurm: what was asked for is what is trained, and nothing is lost or left behind."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.plan.cluster import CLUSTERS
+from slurm.local_cluster import free_ports
+from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
+
+TWO_RANKS = "hardware.gpus_per_node=1"
+CANARY = "canary-77c0ffee"
+SHORT = ("train.steps=2", "checkpoint.every_steps=null")
+
+pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(user) -> list[float]:
+    """The losses of two ranks that were left in peace, without Slurm."""
+    return user.train_here("hardware.gpus_per_node=2")
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """The profile `throw-away` with changes, at a path."""
+
+    def profile(**changes) -> str:
+        raw = yaml.safe_load((CLUSTERS / "throw-away.yaml").read_text())
+        for key, value in changes.items():
+            raw[key] = raw[key] | value if isinstance(value, dict) and key in raw else value
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return str(path)
+
+    return profile
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """An MLflow server on loopback: its URL and its data base."""
+    folder, (port,) = tmp_path_factory.mktemp("mlflow"), free_ports(1)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "f")]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            command,
+            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", folder / "mlflow.db"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profile, tracking, tmp_path):
+    """With a server for MLflow and secrets, of which no trace is left."""
+    url, database = tracking
+    secrets = tmp_path / "secrets"
+    secrets.write_text(f"HF_TOKEN={CANARY}\n")
+    secrets.chmod(0o600)
+    cluster = profile(tracking_uri=url, secrets=str(secrets))
+    run = user.submit("--nodes", "4", "tracking.mlflow=true", *SHORT, cluster=cluster, HF_TOKEN=CANARY)
+    user.wait_for_end(run)
+    assert [user.state(job) for job in jobs(run).values()] == ["COMPLETED", "COMPLETED"], told(run)
+    assert list(jobs(run)) == ["pack", "train"]
+    assert len(list(run.glob(f"logs/train-{jobs(run)['train']}/0/rank*.log"))) == 8
+    with closing(sqlite3.connect(database)) as connection:
+        tracked = connection.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
+    assert tracked == list(enumerate(losses(run), start=1))
+    kept = [path.read_bytes() for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
+    for job in jobs(run).values():
+        kept += [user.cluster.ask("sacct", "-j", job, what).encode() for what in ("--env-vars", "--batch-script")]
+        assert b"HOME=" in kept[-2] and b"srun" in kept[-1], "the accounting keeps both"
+    assert not any(CANARY.encode() in content for content in kept)
+    assert losses(run) == user.train_here("hardware.gpus_per_node=8", *SHORT)
+
+
+def test_each_task_reads_the_secrets_itself(user, profile, tmp_path):
+    secrets = tmp_path / "secrets"
+    secrets.write_text(f"{CANARY}\n")
+    secrets.chmod(0o600)
+    run = user.submit("--nodes", "1", "data.seed=1", cluster=profile(secrets=str(secrets)))
+    user.wait_for_end(run)
+    status = user.alst("status", run.name)
+    assert "pack failed: rank 0: " in status
+    assert "line 1 is not NAME=value" in status
+    assert CANARY not in status + told(run)
+
+
+def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, two_ranks):
+    run = user.submit("--nodes", "2", TWO_RANKS)
+    assert list(jobs(run)) == ["train"], "the packed data is there already"
+    user.wait(lambda: len(losses(run)) >= 3, run)
+    user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
+    user.wait_for_end(run)
+    assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
+    log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
+    assert "resumed from step-00000" in log.read_text()
+    assert losses(run) == two_ranks
+
+
+def test_a_cancelled_run_leaves_no_process_and_can_be_resumed(user, two_ranks):
+    run = user.submit("--nodes", "2", TWO_RANKS)
+    user.wait(lambda: len(losses(run)) >= 2, run)
+    assert "job" in user.alst("resume", str(run), code=2), "a run that goes on is not started a second time"
+    assert "cancelled" in user.alst("cancel", run.name)
+    user.wait_for_end(run)
+    user.wait(lambda: user.cluster.job_processes() == [], run)
+    assert user.state(jobs(run)["train"]).startswith("CANCELLED")
+    assert "CANCELLED" in user.alst("status", run.name)
+    user.alst("resume", run.name)
+    user.wait_for_end(run)
+    assert losses(run) == two_ranks, told(run)
+
+
+def test_when_packing_fails_training_is_cancelled_and_the_reason_is_shown_first(user, tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    (source / "a.txt").write_bytes(b"\xff\xfe not UTF-8")
+    run = user.submit("--nodes", "1", f"data.sources=[{{type: text, path: {source}, glob: '*.txt'}}]")
+    user.wait_for_end(run)
+    user.wait(lambda: user.state(jobs(run)["train"]).startswith("CANCELLED"), run)
+    assert user.state(jobs(run)["pack"]) == "FAILED"
+    status = user.alst("status", run.name)
+    assert "a.txt" in status
+    assert status.index("a.txt") < status.index("CANCELLED")
+
+
+def test_the_templates_do_the_same_by_hand(user, two_ranks):
+    run = user.submit("--nodes", "2", TWO_RANKS, "--dry-run")
+    assert not (run / "slurm" / "jobs.json").exists()
+    asked = [
+        "--ntasks-per-node=1",
+        "--cpus-per-task=2",
+        "--mem=100",
+        "--gpus-per-node=1",
+        "--output",
+        str(run / "job.out"),
+    ]
+    variables = {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHON": sys.executable,
+        "PATH": user.cluster.environment["PATH"],
+    }
+    asked.append("--export=" + ",".join(f"{name}={value}" for name, value in variables.items()))
+    for stage, nodes in (("pack", 1), ("train", 2)):
+        template = ROOT / "slurm" / f"{stage}.sbatch"
+        user.cluster.ask("sbatch", "--wait", f"--nodes={nodes}", *asked, str(template), str(run / "plan.json"))
+    assert losses(run) == two_ranks, told(run) + (run / "job.out").read_text()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train": {"partition": "gpus"}}, ["train.partition = gpus", "use one of cpu, gpu"]),
+        ({"train": {"cpus_per_task": 99}}, ["train job", "configuration is not available", "`train:`"]),
+        ({"pack": {"mem": "900T"}}, ["pack job", "`pack:`"]),
+        ({"shared": ["/nowhere"]}, ["not shared with the nodes", "ALST_RUNS", "/nowhere"]),
+        ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "no such file"]),
+        ({"secrets": "/no/secrets"}, ["secrets = /no/secrets", "mode 0600"]),
+        ({"group": "no-such-group"}, ["group = no-such-group", "member of"]),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_is_in_the_queue(user, profile, changes, told):
+    before = {path.name for path in (user.folder / "runs").glob("job-*")}
+    printed = user.alst("submit", str(user.recipe), "--cluster", profile(**changes), "--nodes", "1", code=2)
+    for words in told:
+        assert words in printed
+    assert "Traceback" not in printed
+    assert user.cluster.ask("squeue", "-h") == ""
+    assert {path.name for path in (user.folder / "runs").glob("job-*")} == before
+
+
+def test_without_a_controller_that_answers_there_is_one_message(user, tmp_path):
+    (tmp_path / "slurm.conf").write_text("ClusterName=gone\nSlurmctldHost=gone(127.0.0.1)\nSlurmctldPort=1\n")
+    printed = user.alst(
+        "submit", str(user.recipe), "--cluster", "throw-away", code=2, SLURM_CONF=str(tmp_path / "slurm.conf")
+    )
+    assert "Slurm does not answer" in printed
+    assert "Traceback" not in printed
