@@ -25,6 +25,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+cluster_app = typer.Typer(help="Look at clusters.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe: a path, or a name under configs/ (e.g. tiny).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides of the recipe, e.g. train.steps=50 memory.tiled_mlp=null")
@@ -210,14 +213,28 @@ def cancel(run_folder: RunArgument) -> None:
 def run(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN.json", help="The plan in a run folder.")],
     stage: Annotated[
-        Literal["pack", "train"],
-        typer.Option(help="`train` is one rank: RANK, WORLD_SIZE and MASTER_ADDR say which."),
+        Literal["pack", "train", "check"],
+        typer.Option(help="`train` is one rank: RANK, WORLD_SIZE and MASTER_ADDR, or Slurm's variables, say which."),
     ],
 ) -> None:
     """What a job runs: one stage of a plan, in this process."""
     from pipeline.launch.entry import run_stage
 
     run_stage(plan_path, stage)
+
+
+@cluster_app.command("check")
+def cluster_check(
+    name: Annotated[str, typer.Argument(help="A profile: a name under slurm/clusters/, or a path.")],
+    nodes: Annotated[int, typer.Option(help="On how many nodes.")] = 2,
+) -> None:
+    """Try a profile with a short job: folders, image, GPUs, a collective between all ranks and its bandwidth."""
+    from pipeline.launch.cluster_check import check_lines
+    from pipeline.plan.cluster import load_cluster
+
+    profile = load_cluster(name)
+    for line in check_lines(_plan("tiny", [*profile.overrides(nodes=nodes), "name=check"]), profile):
+        typer.echo(line)
 
 
 @app.command()

@@ -136,8 +136,8 @@ class LocalCluster:
         while self.ask("squeue", "-h") and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
-    def job_processes(self) -> list[int]:
-        """Processes of this cluster's jobs that are alive, tasks as well as slurmstepd."""
+    def job_processes(self, *, rank: int | None = None) -> list[int]:
+        """Processes of this cluster's jobs that are alive, tasks as well as slurmstepd; or those of one rank."""
         mark, found = f"SLURM_CONF={self.config}".encode(), []
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
@@ -146,7 +146,8 @@ class LocalCluster:
                 variables = (folder / "environ").read_bytes().split(b"\0")
                 step = (folder / "comm").read_text().startswith("slurmstepd")
                 in_job = step or any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
-                if mark in variables and in_job and _state_of(int(folder.name)) != "Z":
+                asked = rank is None or f"SLURM_PROCID={rank}".encode() in variables
+                if mark in variables and in_job and asked and _state_of(int(folder.name)) != "Z":
                     found.append(int(folder.name))
         return found
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -13,7 +14,7 @@ from pipeline.errors import AlstError, UserError
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.run_dir import RunDir
 
-Stage = Literal["pack", "train"]
+Stage = Literal["pack", "train", "check"]
 
 LOGS = "ALST_LOGS"
 """Where a task of a job finds the folder of its start's logs."""
@@ -51,16 +52,21 @@ def run_stage(plan_path: Path, stage: Stage) -> None:
                 pack(plan.recipe, run_dir.packed(plan), progress=progress)
         case "train":
             take_rank_from_slurm()
-            _train(plan, run_dir)
+            from pipeline.train.main import run
+
+            _as_rank(run, plan, run_dir)
+        case "check":
+            take_rank_from_slurm()
+            from pipeline.train.cluster_check import check_cluster
+
+            _as_rank(check_cluster, plan, run_dir)
 
 
-def _train(plan: JobPlan, run_dir: RunDir) -> NoReturn:
-    """One rank's training. The process ends here: gloo and DeepSpeed abort in about one orderly exit of eight."""
-    from pipeline.train.main import run
-
+def _as_rank(work: Callable[[JobPlan, RunDir], None], plan: JobPlan, run_dir: RunDir) -> NoReturn:
+    """Work of all ranks. The process ends here: gloo and DeepSpeed abort in about one orderly exit of eight."""
     code = 0
     try:
-        run(plan, run_dir)
+        work(plan, run_dir)
     except BaseException as error:
         code = _told(error)
     sys.stdout.flush()

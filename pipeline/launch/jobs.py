@@ -5,7 +5,8 @@ Pure: nothing is asked of a cluster here, so that a dry run needs none.
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipeline.launch.entry import Stage
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
@@ -18,6 +19,8 @@ PASSED_ON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "PATH", "LD_L
 
 PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS")
 """Where things lie; the same for the one who submits and for the job."""
+
+CHECK_MINUTES = 10  # short jobs start sooner; most of it is the import of torch from a cold disk
 
 RENDEZVOUS = (
     "# The batch script runs on the first node: rank 0 will listen there, where Slurm itself reaches it.",
@@ -49,7 +52,7 @@ def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[Jo
 
     A data set that is packed already is not packed again.
     """
-    train = _train_job(plan, profile, run_dir)
+    train = train_job(plan, profile, run_dir)
     return (train,) if run_dir.is_packed(plan) else (_pack_job(plan, profile, run_dir), train)
 
 
@@ -58,16 +61,20 @@ def _pack_job(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> JobReq
     return _job("pack", plan, profile, run_dir, profile.pack, nodes=1, tasks_per_node=1, options=options, lines=())
 
 
-def _train_job(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> JobRequest:
+def train_job(
+    plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, *, stage: Literal["train", "check"] = "train"
+) -> JobRequest:
+    """One task per GPU. `check` is a job of the same shape that only looks at the cluster."""
     tasks, gpus = plan.recipe.hardware.gpus_per_node, profile.train.gpus
     options = _options(profile.train)
     if gpus is not None:
         number = f"{gpus.type}:{tasks}" if gpus.type else str(tasks)
         options[gpus.option] = f"gpu:{number}" if gpus.option == "gres" else number
-    return _job(
-        "train", plan, profile, run_dir, profile.train,
+    job = _job(
+        stage, plan, profile, run_dir, profile.train,
         nodes=plan.nodes, tasks_per_node=tasks, options=options, lines=RENDEZVOUS,
     )  # fmt: skip
+    return job if stage == "train" else replace(job, time_minutes=min(CHECK_MINUTES, job.time_minutes))
 
 
 def _job(

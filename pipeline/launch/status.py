@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from pipeline.launch.watch import JobState, first_failure, job_states, last_step
+from pipeline.launch.watch import FAILED, JobState, first_failure, job_states, last_step
 from pipeline.plan.job import read_plan
 from pipeline.plan.run_dir import RunDir
-
-FAILED = {"FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE"}
 
 
 def status_lines(run_dir: RunDir) -> Iterator[str]:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,11 @@ from pipeline.errors import AlstError, RunError, UserError
 from pipeline.files import write_json
 from pipeline.launch.entry import Stage, check_secrets, run_task
 from pipeline.launch.jobs import JobRequest, jobs_of
+from pipeline.launch.slurm import ask
 from pipeline.launch.snapshot import take_snapshot
 from pipeline.plan.cluster import ClusterProfile
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir, create_run_dir, runs_root
-
-ANSWER_SECONDS = 60  # of Slurm's commands; a controller under load takes some
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
     check_submission(profile)
     run_dir = prepare(plan, profile)
     try:
-        check_accepted(plan, profile, run_dir)
-        submit(plan, profile, run_dir)
+        submit(jobs_of(plan, profile, run_dir), run_dir)
     except AlstError:
         shutil.rmtree(run_dir.path)
         raise
@@ -68,10 +65,11 @@ def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
 def submit_again(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> list[SubmittedJob]:
     """What is left of a run, in Slurm's queue; the new jobs. Raises UserError before anything is there."""
     check_submission(profile)
-    check_accepted(plan, profile, run_dir)
+    jobs = jobs_of(plan, profile, run_dir)
+    check_accepted(jobs, run_dir)  # before the folder is changed
     run_dir.write_plan(plan)
-    write_texts(plan, profile, run_dir)
-    return submit(plan, profile, run_dir)
+    write_texts(jobs, profile, run_dir)
+    return submit(jobs, run_dir)
 
 
 def prepare(plan: JobPlan, profile: ClusterProfile) -> RunDir:
@@ -84,17 +82,16 @@ def prepare(plan: JobPlan, profile: ClusterProfile) -> RunDir:
     with _masked(profile.umask):
         run_dir = create_run_dir(plan)
         take_snapshot(run_dir)
-        write_texts(plan, profile, run_dir)
+        write_texts(jobs_of(plan, profile, run_dir), profile, run_dir)
     if profile.group is not None:
         _give_to_group(run_dir, profile.group)
     return run_dir
 
 
-def write_texts(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> None:
-    """The profile, and the text of every job that is to be done, into the run folder."""
+def write_texts(jobs: tuple[JobRequest, ...], profile: ClusterProfile, run_dir: RunDir) -> None:
+    """The profile, and the text of every job, into the run folder."""
     run_dir.slurm.mkdir(exist_ok=True)
     write_json(run_dir.cluster, profile.model_dump(mode="json"))
-    jobs = jobs_of(plan, profile, run_dir)
     for old in run_dir.slurm.glob("*.sbatch"):
         old.unlink()
     for before, job in zip((None, *jobs), jobs, strict=False):
@@ -102,20 +99,21 @@ def write_texts(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> None
         run_dir.sbatch(job.stage).write_text(_executor(job, run_dir, after=after).text())
 
 
-def submit(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> list[SubmittedJob]:
-    """Hand the run's jobs to Slurm, each to start when the one before has ended well; cancelled if it has not.
+def submit(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> list[SubmittedJob]:
+    """Hand jobs to Slurm, each to start when the one before has ended well; cancelled if it has not.
 
-    Raises RunError if Slurm takes none, or not all: then those that it took are cancelled.
+    Raises UserError if Slurm would not take one, RunError if it does not take all: then those it took are cancelled.
     """
+    check_accepted(jobs, run_dir)
     submitted: list[SubmittedJob] = []
     try:
-        for job in jobs_of(plan, profile, run_dir):
+        for job in jobs:
             executor = _executor(job, run_dir, after=submitted[-1].id if submitted else None)
             handed = executor.submit(run_task, str(run_dir.plan), job.stage)
             submitted.append(SubmittedJob(job.stage, handed.job_id, time.time()))
     except Exception as error:
         if submitted:
-            subprocess.run(["scancel", *(job.id for job in submitted)], check=False, timeout=ANSWER_SECONDS)
+            ask("scancel", *(job.id for job in submitted))
         raise RunError(f"{run_dir.path}: Slurm refused a job: {error}") from error
     write_json(run_dir.jobs, {"jobs": [asdict(job) for job in (*read_jobs(run_dir), *submitted)]})
     return submitted
@@ -170,22 +168,18 @@ def check_submission(profile: ClusterProfile) -> None:
         check_secrets(Path(profile.secrets).expanduser())
 
 
-def check_accepted(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> None:
+def check_accepted(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> None:
     """Raises UserError with Slurm's own words if it would not take a job as it is asked for."""
-    for job in jobs_of(plan, profile, run_dir):
-        text = _executor(job, run_dir, after=None).text()
-        done = subprocess.run(
-            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
-        )
+    for job in jobs:
+        done = ask("sbatch", "--test-only", text=_executor(job, run_dir, after=None).text())
         if done.returncode:
             said = " ".join(line.removeprefix("sbatch: ") for line in done.stderr.strip().splitlines())
-            raise UserError(f"{job.stage} job: {said}; correct the section `{job.stage}:` of the cluster's profile")
+            section = "pack" if job.stage == "pack" else "train"
+            raise UserError(f"{job.stage} job: {said}; correct the section `{section}:` of the cluster's profile")
 
 
 def _check_partitions(profile: ClusterProfile) -> None:
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
-    )
+    done = ask("sinfo", "--noheader", "--format=%R")
     if done.returncode:
         raise UserError(f"Slurm does not answer: {done.stderr.strip()}; is SLURM_CONF right, and its controller up?")
     there = sorted(set(done.stdout.split()))

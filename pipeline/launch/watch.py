@@ -6,7 +6,6 @@ The queue alone says that a job lives, so that one that crashed never looks aliv
 import json
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.launch.submit import ANSWER_SECONDS, SubmittedJob, read_jobs
+from pipeline.launch.slurm import ask
+from pipeline.launch.submit import SubmittedJob, read_jobs
 from pipeline.plan.run_dir import RunDir
+
+FAILED = {"FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE"}
+"""States of a job that ended, and neither well nor because someone wanted it to."""
 
 FOLLOW_SECONDS = 0.5
 TAIL_LINES = 40
-KILLED = re.compile(r"^srun: error: .*task.*: (?!Exited with exit code).*$", re.MULTILINE)
-"""srun's words on a task that a signal ended: `srun: error: node1: task 3: Killed`. Such a task said nothing itself."""
+TASK_ENDED = re.compile(r"^srun: error: .*: tasks? [\d,\s-]+: (.*)$", re.MULTILINE)
+"""srun's words on a task that did not end well: `srun: error: node1: task 3: Killed`, in the order it hears of them."""
+BY_ITSELF = "Exited with exit code"
+START_OVER = re.compile(r"DUE TO (JOB REQUEUE|NODE FAILURE|PREEMPTION)")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def cancel(run_dir: RunDir) -> list[str]:
     """Cancel the jobs that wait or run; their ids."""
     living = [state.job.id for state in job_states(run_dir) if state.is_queued]
     if living:
-        subprocess.run(["scancel", *living], check=False, timeout=ANSWER_SECONDS)
+        ask("scancel", *living)
     return living
 
 
@@ -92,14 +97,16 @@ def last_step(run_dir: RunDir) -> dict[str, Any] | None:
 
 
 def first_failure(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
-    """What went wrong first in the newest start of a job: a task that was killed, else the first that said why it ends.
+    """What went wrong first in the newest start of a job: by srun if a signal ended a task, else in the task's words.
 
     That the others lost their connection to it is what follows.
     """
-    words = run_dir.slurm / f"{job.id}_0_log.err"
+    srun = run_dir.slurm / f"{job.id}_0_log.err"
+    said = START_OVER.split(srun.read_text(errors="replace"))[-1] if srun.is_file() else ""
+    ended = TASK_ENDED.search(said)
+    if ended is not None and not ended[1].startswith(BY_ITSELF):
+        return Failure(srun, ended[0].removeprefix("srun: error: "))
     newest = newest_logs(run_dir, job)
-    if words.is_file() and (killed := KILLED.findall(words.read_text(errors="replace"))):
-        return Failure(words, killed[-1])
     if newest is None or not (newest / "failures.jsonl").is_file():
         return None
     first = min(map(json.loads, (newest / "failures.jsonl").read_text().splitlines()), key=lambda row: row["time"])
@@ -155,13 +162,14 @@ def _state(job: SubmittedJob, queued: dict[str, list[str]], ended: dict[str, lis
         return JobState(
             job, state.split()[0], f"exit code {code.partition(':')[0]} after {elapsed}", False, None, restarts
         )
-    return JobState(job, "UNKNOWN", "not in the queue, and the accounting does not know it", False, None, restarts)
+    why = "the accounting does not know it" if shutil.which("sacct") else "sacct is not on the PATH: install it"
+    return JobState(job, "UNKNOWN", f"it has left the queue, and {why}; see logs/ and slurm/", False, None, restarts)
 
 
 def _queued(jobs: list[SubmittedJob]) -> dict[str, list[str]]:
     """State, reason and time left of the jobs that wait or run. Raises UserError if Slurm does not answer."""
     ids = ",".join(job.id for job in jobs)
-    done = _ask("squeue", "--noheader", "--format=%i|%T|%r|%L", f"--jobs={ids}")
+    done = ask("squeue", "--noheader", "--format=%i|%T|%r|%L", f"--jobs={ids}")
     if done.returncode and "Invalid job id" not in done.stderr:  # all have left the queue long ago
         raise UserError(f"Slurm does not answer: {done.stderr.strip()}; is SLURM_CONF right, and its controller up?")
     rows = [line.split("|") for line in done.stdout.splitlines()]
@@ -173,15 +181,11 @@ def _ended(jobs: list[SubmittedJob]) -> dict[str, list[str]]:
     if shutil.which("sacct") is None:
         return {}
     ids = ",".join(job.id for job in jobs)
-    done = _ask(
+    done = ask(
         "sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={ids}", "--format=JobID,State,ExitCode,Elapsed"
     )
     rows = [line.split("|") for line in done.stdout.splitlines()]
     return {row[0]: row[1:] for row in rows}
-
-
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
 
 
 def _seconds(left: str) -> int | None:

@@ -84,6 +84,11 @@ class RunDir:
         return (self.packed(plan) / "manifest.json").is_file()
 
     @property
+    def cluster_check(self) -> Path:
+        """What the ranks of `alst cluster check` found."""
+        return self.path / "check.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

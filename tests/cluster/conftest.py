@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.plan.cluster import CLUSTERS
 from slurm.local_cluster import LocalCluster, missing_programs
 from tests.cluster.user import User
 
@@ -36,3 +38,18 @@ def cluster(programs) -> Iterator[LocalCluster]:
 def user(tmp_path_factory, cluster) -> User:
     """One for all tests, so that what one packed the others need not."""
     return User(tmp_path_factory.mktemp("user"), cluster)
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """The profile `throw-away` with changes, at a path."""
+
+    def profile(**changes) -> str:
+        raw = yaml.safe_load((CLUSTERS / "throw-away.yaml").read_text())
+        for key, value in changes.items():
+            raw[key] = raw[key] | value if isinstance(value, dict) and key in raw else value
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return str(path)
+
+    return profile

@@ -12,9 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline.plan.cluster import CLUSTERS
 from slurm.local_cluster import free_ports
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
@@ -29,21 +27,6 @@ pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
 def two_ranks(user) -> list[float]:
     """The losses of two ranks that were left in peace, without Slurm."""
     return user.train_here("hardware.gpus_per_node=2")
-
-
-@pytest.fixture
-def profile(tmp_path):
-    """The profile `throw-away` with changes, at a path."""
-
-    def profile(**changes) -> str:
-        raw = yaml.safe_load((CLUSTERS / "throw-away.yaml").read_text())
-        for key, value in changes.items():
-            raw[key] = raw[key] | value if isinstance(value, dict) and key in raw else value
-        path = tmp_path / "mine.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        return str(path)
-
-    return profile
 
 
 @pytest.fixture(scope="module")
@@ -178,35 +161,14 @@ def test_the_templates_do_the_same_by_hand(user, two_ranks):
     assert losses(run) == two_ranks, told(run) + (run / "job.out").read_text()
 
 
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"train": {"partition": "gpus"}}, ["train.partition = gpus", "use one of cpu, gpu"]),
-        ({"train": {"cpus_per_task": 99}}, ["train job", "configuration is not available", "`train:`"]),
-        ({"pack": {"mem": "900T"}}, ["pack job", "`pack:`"]),
-        ({"shared": ["/nowhere"]}, ["not shared with the nodes", "ALST_RUNS", "/nowhere"]),
-        ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "no such file"]),
-        ({"secrets": "/no/secrets"}, ["secrets = /no/secrets", "mode 0600"]),
-        ({"group": "no-such-group"}, ["group = no-such-group", "member of"]),
-    ],
-)
-def test_what_cannot_run_is_refused_before_it_is_in_the_queue(user, profile, changes, told):
-    before = {path.name for path in (user.folder / "runs").glob("job-*")}
-    printed = user.alst("submit", str(user.recipe), "--cluster", profile(**changes), "--nodes", "1", code=2)
-    for words in told:
-        assert words in printed
-    assert "Traceback" not in printed
-    assert user.cluster.ask("squeue", "-h") == ""
-    assert {path.name for path in (user.folder / "runs").glob("job-*")} == before
-
-
-def test_without_a_controller_that_answers_there_is_one_message(user, tmp_path):
-    (tmp_path / "slurm.conf").write_text("ClusterName=gone\nSlurmctldHost=gone(127.0.0.1)\nSlurmctldPort=1\n")
-    printed = user.alst(
-        "submit", str(user.recipe), "--cluster", "throw-away", code=2, SLURM_CONF=str(tmp_path / "slurm.conf")
-    )
-    assert "Slurm does not answer" in printed
-    assert "Traceback" not in printed
+def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_alive(user):
+    run = user.submit("--nodes", "2", TWO_RANKS)
+    user.wait(lambda: len(losses(run)) >= 1, run)
+    (pid,) = user.cluster.job_processes(rank=1)
+    os.kill(pid, signal.SIGKILL)
+    user.wait_for_end(run)
+    status = user.alst("status", run.name)
+    assert "task 1: Killed" in status.splitlines()[0], status + told(run)
+    assert f"train  job {jobs(run)['train']}: FAILED" in status
+    assert "RUNNING" not in status
+    assert user.cluster.job_processes() == []
