@@ -5,11 +5,14 @@ Last stop of the data path before the model: packed data set -> StepBatch, whose
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
+from typing import Literal
 
 from pipeline.data.batch import Batch, batch_of
+from pipeline.data.order import LikeCosts, epoch_order
 from pipeline.data.packed_dataset import PackedDataset
-from pipeline.data.packing import Ints, seeded_order
+from pipeline.data.packing import Ints
+from pipeline.data.prefetch import BatchReader
 
 
 @dataclass(frozen=True)
@@ -31,40 +34,33 @@ class Place:
     """Index in the packed data set."""
 
 
-def place_at(position: int, *, samples: int, seed: int) -> Place:
+def place_at(position: int, *, samples: int, seed: int, like_costs: LikeCosts | None = None) -> Place:
     """The `position`-th sample that training sees: every sample once per epoch, each epoch in an order of its own."""
     epoch, row = divmod(position, samples)
-    return Place(epoch, int(_epoch_order(samples, seed, epoch)[row]))
+    return Place(epoch, int(_epoch_order(samples, seed, epoch, like_costs)[row]))
 
 
 @lru_cache(maxsize=2)  # a step can span the border of two epochs
-def _epoch_order(samples: int, seed: int, epoch: int) -> Ints:
-    return seeded_order(samples, seed=seed, stream=epoch)
+def _epoch_order(samples: int, seed: int, epoch: int, like_costs: LikeCosts | None) -> Ints:
+    return epoch_order(samples, seed=seed, epoch=epoch, like_costs=like_costs)
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches:
     """This rank's batches of a step, read from disk when they are iterated over."""
 
-    dataset: PackedDataset
+    reader: BatchReader
     samples: tuple[int, ...]
     """Of this DP replica, in order."""
-    sp_rank: int
-    sp: int
-    cross_document_attention: bool
+    following: tuple[int, ...]
+    """Of the next step, to be read ahead."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        for sample in self.samples:
-            yield batch_of(
-                self.dataset,
-                sample,
-                sp_rank=self.sp_rank,
-                sp=self.sp,
-                cross_document_attention=self.cross_document_attention,
-            )
+        for number, sample in enumerate(self.samples, start=1):
+            yield self.reader.batch(sample, upcoming=self.samples[number:] + self.following)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +101,11 @@ class PackedLoader:
     cross_document_attention: bool = False
     start: Cursor = Cursor()
     """Where this job goes on."""
+    order: Literal["shuffled", "by_cost"] = "shuffled"
+    prefetch: int = 0
+    """Micro-batches read ahead."""
+    verify: bool = True
+    """Check what is read."""
 
     def __len__(self) -> int:
         return self.steps - self.start.step
@@ -123,23 +124,48 @@ class PackedLoader:
 
     def sample_at(self, position: int) -> Place:
         """The sample at a position of the training order; a pure function of data set and seed."""
-        return place_at(position, samples=self.dataset.samples, seed=self.seed)
+        return place_at(position, samples=self.dataset.samples, seed=self.seed, like_costs=self._like_costs)
+
+    @cached_property
+    def _like_costs(self) -> LikeCosts | None:
+        return LikeCosts(self._costs, self.samples_per_step) if self.order == "by_cost" else None
+
+    @cached_property
+    def _costs(self) -> Ints:
+        """[samples], of what attends to itself."""
+        index = self.dataset.index
+        return index.n_tokens**2 if self.cross_document_attention else index.cost
+
+    @cached_property
+    def _reader(self) -> BatchReader:
+        read = partial(
+            batch_of,
+            self.dataset,
+            sp_rank=self.sp_rank,
+            sp=self.sp,
+            cross_document_attention=self.cross_document_attention,
+            verify=self.verify,
+        )
+        return BatchReader(read, ahead=self.prefetch)
+
+    def _places(self, step: int) -> list[Place]:
+        first = self.cursor(step).position
+        return [self.sample_at(first + offset) for offset in range(self.samples_per_step)]
 
     def step(self, step: int) -> StepBatch:
         """Step number `step`, whichever was read before it."""
-        first = self.cursor(step).position
-        places = [self.sample_at(first + offset) for offset in range(self.samples_per_step)]
+        places = self._places(step)
         samples = tuple(place.sample for place in places)
+        following = tuple(place.sample for place in self._places(step + 1)) if step + 1 < self.steps else ()
         known = [self.dataset.sample(sample) for sample in samples]
-        costs = [sample.n_tokens**2 if self.cross_document_attention else sample.cost for sample in known]
         return StepBatch(
             step=step,
             epoch=places[0].epoch,
             micro_batches=MicroBatches(
-                self.dataset, samples[self.dp_rank :: self.dp], self.sp_rank, self.sp, self.cross_document_attention
+                self._reader, samples[self.dp_rank :: self.dp], following[self.dp_rank :: self.dp]
             ),
             valid_tokens=sum(sample.n_valid for sample in known),
             tokens=sum(sample.n_tokens for sample in known),
-            sum_len_squared=sum(costs),
+            sum_len_squared=int(self._costs[list(samples)].sum()),
             samples=samples,
         )

@@ -9,22 +9,32 @@ from pipeline.errors import AlstError
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.run_dir import RunDir
 
-Stage = Literal["pack", "train"]
+Stage = Literal["pack", "tokenize", "plan", "write", "finish", "train"]
 
 
-def run_stage(plan_path: Path, stage: Stage) -> None:
-    """Run one stage here. Raises AlstError when it fails."""
-    plan = read_plan(plan_path)
-    run_dir = RunDir(plan_path.resolve().parent)
-    match stage:
-        case "pack":
-            from pipeline.data.console import console_progress
-            from pipeline.data.pack import pack
+def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
+    """Run one stage here, or task I of N of it. Raises AlstError when it fails."""
+    plan, run_dir = read_plan(plan_path), RunDir(plan_path.resolve().parent)
+    if stage == "train":
+        _train(plan, run_dir)
+    run_pack(plan, run_dir.packed(plan), stage="all" if stage == "pack" else stage, task=task)
 
-            with console_progress() as progress:
-                pack(plan.recipe, run_dir.packed(plan), progress=progress)
-        case "train":
-            _train(plan, run_dir)
+
+def run_pack(plan: JobPlan, output: Path, *, stage: str = "all", task: str = "0/1") -> bool:
+    """Run a stage of packing, or task I of N of it; whether the data set is complete. Raises AlstError if it fails."""
+    from pipeline.data.console import console_progress
+    from pipeline.data.pack import pack, task_of
+
+    with console_progress() as progress:
+        manifest = pack(
+            plan.recipe,
+            output,
+            stage=stage,
+            task=task_of(task),
+            vocab_size=plan.model.vocab_size,
+            progress=progress,
+        )
+    return manifest is not None
 
 
 def _train(plan: JobPlan, run_dir: RunDir) -> NoReturn:

@@ -14,7 +14,7 @@ from pipeline.errors import RecipeError, UserError
 from pipeline.plan.flops import model_flops
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
 from pipeline.recipe.load import check
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import READING_KEYS, Recipe
 
 PLAN_VERSION = 1
 GIB = 2**30
@@ -62,7 +62,7 @@ class JobPlan:
     @property
     def packing_key(self) -> str:
         """Names the packed data set: equal for recipes that ask for the same bytes."""
-        data = self.recipe.data.model_dump(mode="json", exclude={"cross_document_attention"})
+        data = self.recipe.data.model_dump(mode="json", exclude=set(READING_KEYS))
         asked = json.dumps({"data": data, "vocab_size": self.model.vocab_size}, sort_keys=True)
         return f"{self.seq_len}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 

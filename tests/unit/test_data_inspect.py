@@ -37,7 +37,7 @@ def test_damage_shows_in_the_description_and_in_the_table(tmp_path: Path, capsys
     found = describe(dataset.folder)
     assert (found["checksums_ok"], found["damaged_samples"]) == (False, [2])
     print_description(found, console=Console(width=120))
-    assert "WRONG in samples [2]" in capsys.readouterr().out
+    assert "WRONG in samples [2] and files []" in capsys.readouterr().out
 
 
 def test_the_table_shows_samples_fill_and_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +45,7 @@ def test_the_table_shows_samples_fill_and_checksums(tmp_path: Path, capsys: pyte
     print_description(describe(dataset.folder), console=Console(width=120))
     out = capsys.readouterr().out
     assert f"{dataset.samples} of 16 tokens" in out
-    assert "119 of 119 read; 0 dropped" in out
+    assert "119 of 119 in; 0 dropped" in out
     assert "all right" in out
 
 

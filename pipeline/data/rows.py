@@ -1,0 +1,142 @@
+"""Rows of a unit's files, one at a time: JSON lines, plain or compressed, Parquet, Arrow. Only the columns asked for.
+
+Inside the first stop of the data path: Unit -> Row, which `documents` makes a document of.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.sources import COMPRESSED, SourceFile, Unit
+from pipeline.errors import DataError
+
+PARQUET_ROWS = 256  # decoded at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """The columns of one row; lists of integers may be numpy arrays."""
+
+    name: str
+    """`file:row`, rows from 1; where a file is divided `file@byte:row`, rows from that byte on."""
+    where: str
+    """For messages: the whole path."""
+    values: dict[str, Any]
+
+
+def rows(unit: Unit, *, type: str, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a unit of a jsonl, parquet or huggingface source. Raises DataError naming file and row."""
+    read: Callable[[SourceFile, Unit, Sequence[str]], Iterator[Row]] = {
+        "jsonl": _json_rows, "parquet": _parquet_rows, "huggingface": _arrow_rows
+    }[type]  # fmt: skip
+    for file in unit.files:
+        try:
+            yield from read(file, unit, columns)
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            raise DataError(
+                f"data source {file.path} cannot be read: {error}; it is damaged, or of another format: replace it"
+            ) from error
+
+
+def _json_rows(file: SourceFile, unit: Unit, columns: Sequence[str]) -> Iterator[Row]:
+    """Blank lines are passed over. A line belongs to the unit in which it begins."""
+    name, place = (file.name, "") if unit.end is None else (f"{file.name}@{unit.begin}", f" from byte {unit.begin} on")
+    with _opened(file.path) as opened:
+        at = unit.begin
+        if unit.begin:
+            opened.seek(unit.begin - 1)
+            at += len(opened.readline()) - 1
+        number = 0
+        while unit.end is None or at < unit.end:
+            line = opened.readline()
+            if not line:
+                return
+            at, number = at + len(line), number + 1
+            if line.strip():
+                where = f"{file.path}{place} line {number}"
+                yield Row(f"{name}:{number}", where, _json_values(line, where=where, columns=columns))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    if path.suffix not in COMPRESSED:
+        with path.open("rb") as file:
+            yield file
+    elif path.suffix == ".gz":
+        with gzip.open(path) as unpacked:
+            yield io.BufferedReader(unpacked)
+    else:
+        with pa.input_stream(str(path), compression="zstd") as stream:
+            yield io.BufferedReader(stream)
+
+
+def _json_values(line: bytes, *, where: str, columns: Sequence[str]) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 (byte {error.start} of the line); convert the file") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}); every line must be one object") from error
+    for column in columns:
+        if not isinstance(record, dict) or column not in record:
+            keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(f"{where} has no column {column!r} but {keys}; set data.sources[].columns or roles")
+    return {column: record[column] for column in columns}
+
+
+def _parquet_rows(file: SourceFile, _: Unit, columns: Sequence[str]) -> Iterator[Row]:
+    with pq.ParquetFile(file.path) as opened:
+        _check_columns(opened.schema_arrow, columns=columns, path=file.path)
+        yield from _table_rows(opened.iter_batches(PARQUET_ROWS, columns=list(columns)), file=file, columns=columns)
+
+
+def _arrow_rows(file: SourceFile, _: Unit, columns: Sequence[str]) -> Iterator[Row]:
+    with pa.memory_map(str(file.path)) as source, pa.ipc.open_stream(source) as stream:
+        _check_columns(stream.schema, columns=columns, path=file.path)
+        yield from _table_rows(stream, file=file, columns=columns)
+
+
+def _check_columns(schema: pa.Schema, *, columns: Sequence[str], path: Path) -> None:
+    for column in columns:
+        if column not in schema.names:
+            raise DataError(f"{path} has no column {column!r} but {schema.names}; set data.sources[].columns or roles")
+
+
+def _table_rows(batches: Iterator[pa.RecordBatch], *, file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        cells = [_cells(batch.column(column)) for column in columns]
+        for values in zip(*cells, strict=True):
+            number += 1
+            yield Row(f"{file.name}:{number}", f"{file.path} row {number}", dict(zip(columns, values, strict=True)))
+
+
+def _cells(column: pa.Array) -> Iterator[Any]:
+    """The cells of a column, one at a time; a list of integers without nulls as a numpy array."""
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not lists or not pa.types.is_integer(kind.value_type) or column.null_count or column.values.null_count:
+        return (cell.as_py() for cell in column)
+    offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+    return (values[start:stop] for start, stop in pairwise(offsets))
+
+
+def as_integers(value: Any) -> np.ndarray | None:
+    """The integers of a cell, one dimension; None where it is anything else."""
+    if isinstance(value, list) and all(type(item) in (int, bool) for item in value):
+        try:
+            return np.array(value, dtype=np.int64)
+        except OverflowError:
+            return None
+    return value if isinstance(value, np.ndarray) and value.ndim == 1 else None
