@@ -28,7 +28,8 @@ class ChatTemplate:
                 "an instruct model's"
             )
         self.template = str(self._tokenizer.chat_template)
-        special = sorted(set(self._tokenizer.all_special_tokens), key=len, reverse=True)
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = sorted((str(token) for token in added if token.special), key=len, reverse=True)
         self._turn_end = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")") if special else None
 
     def render(self, messages: list[dict[str, str]], *, where: str) -> tuple[str, Spans]:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.chat import ChatTemplate
-from pipeline.data.loss_runs import EMPTY, Runs, clipped, runs_of_mask
-from pipeline.data.packed_dataset import PackedDataset
+from pipeline.data.loss_runs import Runs, clipped, runs_of_mask
+from pipeline.data.packed_dataset import TOKEN_BYTES, PackedDataset
 from pipeline.data.rows import Row, as_integers, rows
 from pipeline.data.sources import Unit, resolve_source_path
 from pipeline.errors import DataError
@@ -46,6 +46,8 @@ class TokenizedDocument:
     """Integers [tokens]; not yet checked against a vocabulary"""
     loss_runs: Runs | None
     """Tokens that count; None is all."""
+    stored_at: int | None = None
+    """Byte of the unit's file at which they lie as 32-bit integers; None where they do not."""
 
 
 def documents(
@@ -159,6 +161,7 @@ def _tokens_of(row: Row, source: RowSource, _: ChatTemplate | None) -> Tokenized
     columns = source.columns
     assert columns.input_ids is not None
     input_ids = _integers(row, column=columns.input_ids)
+    stored_at = row.stored_at.get(columns.input_ids) if input_ids.itemsize == TOKEN_BYTES else None
     if columns.labels:
         labels = _integers(row, column=columns.labels, like=input_ids)
         counts = labels != IGNORE_LABEL
@@ -168,14 +171,14 @@ def _tokens_of(row: Row, source: RowSource, _: ChatTemplate | None) -> Tokenized
                 f"{row.where} has the label {labels[at]} at token {at}, which is {input_ids[at]}; a label is its own "
                 f"token, or {IGNORE_LABEL} where it does not count: shift labels back by one, or repair the row"
             )
-        return TokenizedDocument(row.name, input_ids, runs_of_mask(counts))
+        return TokenizedDocument(row.name, input_ids, runs_of_mask(counts), stored_at)
     if columns.loss_mask:
         mask = _integers(row, column=columns.loss_mask, like=input_ids)
         if (wrong := np.flatnonzero((mask != 0) & (mask != 1))).size:
             at = int(wrong[0])
             raise DataError(f"{row.where} has {mask[at]} in its loss mask at token {at}; it must be 0 or 1")
-        return TokenizedDocument(row.name, input_ids, runs_of_mask(mask == 1))
-    return TokenizedDocument(row.name, input_ids, None)
+        return TokenizedDocument(row.name, input_ids, runs_of_mask(mask == 1), stored_at)
+    return TokenizedDocument(row.name, input_ids, None, stored_at)
 
 
 def _integers(row: Row, *, column: str, like: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -200,7 +203,8 @@ def _packed(unit: Unit, *, source: PackedSource) -> Iterator[TokenizedDocument]:
             runs = clipped(known.loss_runs, start=start, stop=stop)
             whole = len(runs) == 1 and runs[0].tolist() == [0, stop - start]
             name = f"sample {sample} document {number}"
-            yield TokenizedDocument(name, tokens[start:stop], None if whole else runs if len(runs) else EMPTY)
+            stored_at = int(dataset.index.payload_offset[sample]) + TOKEN_BYTES * start
+            yield TokenizedDocument(name, tokens[start:stop], None if whole else runs, stored_at)
 
 
 _READERS: dict[str, Callable[[Row, RowSource, ChatTemplate | None], RawDocument | TokenizedDocument]] = {

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 
+PATIENCE_SECONDS = 1.0  # the first task holds the folder alone for the instant in which it writes its key
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -20,17 +22,23 @@ def shared_by_job(folder: Path, *, key: str, alone: bool) -> Iterator[None]:
     Raises DataError if it is held by another job, or by anyone when we want it alone.
     """
     with _opened(folder / "job.lock") as descriptor:
-        first = _lock(descriptor, fcntl.LOCK_EX)
-        if first:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, key.encode(), 0)
-        if alone:
-            allowed = first
-        else:
-            allowed = _lock(descriptor, fcntl.LOCK_SH) and os.pread(descriptor, len(key) + 1, 0) == key.encode()
-        if not allowed:
-            raise _busy(folder)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not _join(descriptor, key=key, alone=alone):
+            if time.monotonic() > deadline:
+                raise _busy(folder)
+            time.sleep(PATIENCE_SECONDS / 20)
         yield
+
+
+def _join(descriptor: int, *, key: str, alone: bool) -> bool:
+    """The first to come writes the key; tasks of that key share the lock from then on."""
+    first = _lock(descriptor, fcntl.LOCK_EX)
+    if first:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, key.encode(), 0)
+    if alone:
+        return first
+    return _lock(descriptor, fcntl.LOCK_SH) and os.pread(descriptor, len(key) + 1, 0) == key.encode()
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.data.sources import COMPRESSED, SourceFile, Unit
 from pipeline.errors import DataError
@@ -33,6 +34,8 @@ class Row:
     where: str
     """For messages: the whole path."""
     values: dict[str, Any]
+    stored_at: dict[str, int] = field(default_factory=dict)
+    """Of columns whose integers lie in the file as they are: the byte at which they begin."""
 
 
 def rows(unit: Unit, *, type: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -98,13 +101,45 @@ def _json_values(line: bytes, *, where: str, columns: Sequence[str]) -> dict[str
 def _parquet_rows(file: SourceFile, _: Unit, columns: Sequence[str]) -> Iterator[Row]:
     with pq.ParquetFile(file.path) as opened:
         _check_columns(opened.schema_arrow, columns=columns, path=file.path)
-        yield from _table_rows(opened.iter_batches(PARQUET_ROWS, columns=list(columns)), file=file, columns=columns)
+        batches = opened.iter_batches(PARQUET_ROWS, columns=list(columns))
+        yield from _table_rows(((batch, None) for batch in batches), file=file, columns=columns)
 
 
 def _arrow_rows(file: SourceFile, _: Unit, columns: Sequence[str]) -> Iterator[Row]:
-    with pa.memory_map(str(file.path)) as source, pa.ipc.open_stream(source) as stream:
-        _check_columns(stream.schema, columns=columns, path=file.path)
-        yield from _table_rows(stream, file=file, columns=columns)
+    with pa.OSFile(str(file.path)) as source:  # not mapped: a corpus of mapped pages would count as our memory
+        messages = pa.ipc.MessageReader.open_stream(source)
+        schema = pa.ipc.read_schema(messages.read_next_message())
+        _check_columns(schema, columns=columns, path=file.path)
+        yield from _table_rows(_located_batches(source, messages, schema), file=file, columns=columns)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """Where the buffers of a record batch lie, in memory and in the file."""
+
+    address: int
+    size: int
+    offset: int
+
+    def offset_of(self, values: NDArray[Any]) -> int | None:
+        """Byte of the file at which the values begin; None where they were compressed there."""
+        inside = values.__array_interface__["data"][0] - self.address
+        return self.offset + inside if 0 <= inside < self.size else None
+
+
+LocatedBatch = tuple[pa.RecordBatch, _Body | None]
+
+
+def _located_batches(
+    source: pa.NativeFile, messages: pa.ipc.MessageReader, schema: pa.Schema
+) -> Iterator[LocatedBatch]:
+    while True:
+        try:
+            message = messages.read_next_message()
+        except StopIteration:
+            return
+        body = _Body(message.body.address, message.body.size, source.tell() - message.body.size)
+        yield pa.ipc.read_record_batch(message, schema), body
 
 
 def _check_columns(schema: pa.Schema, *, columns: Sequence[str], path: Path) -> None:
@@ -113,26 +148,32 @@ def _check_columns(schema: pa.Schema, *, columns: Sequence[str], path: Path) -> 
             raise DataError(f"{path} has no column {column!r} but {schema.names}; set data.sources[].columns or roles")
 
 
-def _table_rows(batches: Iterator[pa.RecordBatch], *, file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
+def _table_rows(batches: Iterable[LocatedBatch], *, file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     number = 0
-    for batch in batches:
-        cells = [_cells(batch.column(column)) for column in columns]
-        for values in zip(*cells, strict=True):
+    for batch, body in batches:
+        cells = [_cells(batch.column(column), body) for column in columns]
+        for row in zip(*cells, strict=True):
             number += 1
-            yield Row(f"{file.name}:{number}", f"{file.path} row {number}", dict(zip(columns, values, strict=True)))
+            values = {column: value for column, (value, _) in zip(columns, row, strict=True)}
+            stored_at = {column: at for column, (_, at) in zip(columns, row, strict=True) if at is not None}
+            yield Row(f"{file.name}:{number}", f"{file.path} row {number}", values, stored_at)
 
 
-def _cells(column: pa.Array) -> Iterator[Any]:
-    """The cells of a column, one at a time; a list of integers without nulls as a numpy array."""
+def _cells(column: pa.Array, body: _Body | None) -> Iterator[tuple[Any, int | None]]:
+    """The cells of a column and where in the file they are stored; a list of integers without nulls as numpy array."""
     kind = column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not lists or not pa.types.is_integer(kind.value_type) or column.null_count or column.values.null_count:
-        return (cell.as_py() for cell in column)
-    offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-    return (values[start:stop] for start, stop in pairwise(offsets))
+        for cell in column:
+            yield cell.as_py(), None
+        return
+    values = column.values.to_numpy()
+    first = body.offset_of(values) if body else None
+    for start, stop in pairwise(column.offsets.to_numpy().tolist()):
+        yield values[start:stop], None if first is None else first + values.itemsize * start
 
 
-def as_integers(value: Any) -> np.ndarray | None:
+def as_integers(value: Any) -> NDArray[Any] | None:
     """The integers of a cell, one dimension; None where it is anything else."""
     if isinstance(value, list) and all(type(item) in (int, bool) for item in value):
         try:

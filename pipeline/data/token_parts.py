@@ -1,7 +1,8 @@
 """Tokens on disk between tokenize and write: part files, their completion records, and reading them by document.
 
 A part is made of one unit. It is three files and a completion record, written last: `.u32` holds the tokens of all its
-documents end to end, `.runs` the loss runs of those of which not every token counts, `.arrow` a row per document.
+documents end to end, `.runs` the loss runs of those of which not every token counts, `.arrow` a row per document. Where
+the unit's own file holds the tokens as 32-bit integers already, they are read from there, and `.u32` is empty.
 """
 
 import os
@@ -26,8 +27,9 @@ DOCUMENT_SCHEMA = pa.schema(
 """A row per document; its id is its row number. `first_token` is where it starts in a text that was cut."""
 
 EVERY_TOKEN = -1
-ROW_SCHEMA = DOCUMENT_SCHEMA.append(pa.field("loss_runs", pa.int32()))
-"""`loss_runs` is how many runs the document has in `.runs`, EVERY_TOKEN where all its tokens count."""
+ROW_SCHEMA = pa.schema([*DOCUMENT_SCHEMA, ("offset", pa.int64()), ("loss_runs", pa.int32())])
+"""`offset` is the byte at which the document's tokens begin; `loss_runs` is how many runs it has in `.runs`,
+EVERY_TOKEN where all its tokens count."""
 
 SPARE_FILES = 64  # that a process opens besides its token parts
 
@@ -48,6 +50,8 @@ class TokenRecord:
     """Texts, after `max_document_tokens` cut the long ones."""
     tokens: int
     max_token_id: int
+    stored_in: str | None
+    """The unit's file, where the tokens are read from there."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class TokenPart:
     @property
     def documents_path(self) -> Path:
         return self.folder / f"{self.name}.arrow"
+
+    def tokens_file(self) -> Path:
+        """The file that holds the tokens; the part must be complete."""
+        record = read_json(self.record_path) or {}
+        return Path(record.get("stored_in") or self.tokens_path)
 
     def record(self, *, key: str, unit: Unit | None = None) -> TokenRecord | None:
         """Its completion record, if it is complete and was made from the inputs that `key` stands for.
@@ -112,14 +121,14 @@ class TokenReader:
         stored = [np.maximum(part, 0, dtype=np.int64) for part in runs]
         self._first_run = np.concatenate([np.cumsum(part) - part for part in stored])
         self._first_document = np.cumsum([0, *(table.num_rows for table in tables)])
-        sizes = [table["length"].to_numpy() for table in tables]
-        self._first_token = np.concatenate([np.cumsum(part) - part for part in sizes])
+        self._offsets = np.concatenate([table["offset"].to_numpy() for table in tables])
+        self._paths = [part.tokens_file() for part in parts]
         self._descriptors: list[int] = []
         self._runs: list[Runs] = []
 
     def __enter__(self) -> "TokenReader":
         _allow_open_files(len(self._parts) + SPARE_FILES)
-        self._descriptors = [os.open(part.tokens_path, os.O_RDONLY) for part in self._parts]
+        self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
         self._runs = [_mapped_runs(part.runs_path) for part in self._parts]
         return self
 
@@ -136,18 +145,17 @@ class TokenReader:
         All arrays [pieces]. Raises DataError if a part was cut off.
         """
         parts = self._part_of(document)
-        offsets = 4 * (self._first_token[document] + start)
+        offsets = self._offsets[document] + 4 * start
         memory = target.view(np.uint8).data
         bounds = [0, *(4 * ends).tolist()]
         for part, offset, begin, end in zip(parts.tolist(), offsets.tolist(), bounds[:-1], bounds[1:], strict=True):
             piece = memory[begin:end]
             if os.preadv(self._descriptors[part], [piece], offset) != end - begin:
-                path = self._parts[part].tokens_path
-                fill(self._descriptors[part], offset=offset, target=piece, path=path)
+                fill(self._descriptors[part], offset=offset, target=piece, path=self._paths[part])
 
     def prefetch(self, *, document: NDArray[Any], start: NDArray[Any], stop: NDArray[Any]) -> None:
         """Asks the system to read pieces ahead, all at once: shuffled documents are random reads."""
-        offsets = 4 * (self._first_token[document] + start)
+        offsets = self._offsets[document] + 4 * start
         sizes = 4 * (stop - start)
         for part, offset, size in zip(self._part_of(document).tolist(), offsets.tolist(), sizes.tolist(), strict=True):
             os.posix_fadvise(self._descriptors[part], offset, size, os.POSIX_FADV_WILLNEED)

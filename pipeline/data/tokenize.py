@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.documents import RawDocument, TokenizedDocument, documents
 from pipeline.data.loss_runs import Runs, clipped, runs_of_mask
+from pipeline.data.packed_dataset import TOKEN_BYTES
 from pipeline.data.sources import Unit, content_hash
 from pipeline.data.token_parts import EVERY_TOKEN, ROW_SCHEMA, TokenPart, TokenRecord
 from pipeline.errors import DataError
@@ -86,7 +87,7 @@ def tokenize(unit: Unit, *, source: Source, encoder: Encoder, part: TokenPart, k
         runs_path.open("wb") as runs_file,
         pa.ipc.new_stream(str(documents_path), ROW_SCHEMA) as rows,
     ):
-        writer = _PartWriter(unit.source, source.max_document_tokens, encoder.vocab_limit, tokens_file, runs_file, rows)
+        writer = _PartWriter(unit, source.max_document_tokens, encoder.vocab_limit, tokens_file, runs_file, rows)
         for batch, text_bytes in _batches(unit, source=source, encoder=encoder, on_skip=writer.skip):
             before = writer.documents, writer.tokens
             writer.write(batch)
@@ -126,17 +127,19 @@ class _PartWriter:
 
     def __init__(
         self,
-        source: int,
+        unit: Unit,
         max_document_tokens: int | None,
         vocab_limit: int | None,
         tokens_file: IO[bytes],
         runs_file: IO[bytes],
         rows: pa.RecordBatchStreamWriter,
     ) -> None:
-        self._source, self._most, self._limit = source, max_document_tokens, vocab_limit
+        self._unit, self._most, self._limit = unit, max_document_tokens, vocab_limit
         self._tokens_file, self._runs_file, self._rows = tokens_file, runs_file, rows
         self.texts = self.texts_without_tokens = self.files_skipped = self.documents = self.tokens = 0
         self.max_token_id = -1
+        self._in_place: bool | None = None
+        """Whether the tokens stay in the unit's file; the first document tells."""
 
     def skip(self, _: str) -> None:
         """A file that is not UTF-8."""
@@ -144,13 +147,12 @@ class _PartWriter:
 
     def write(self, batch: list[TokenizedDocument]) -> None:
         """Checks token ids, cuts what is too long, and appends."""
-        table: list[tuple[int, str, int, int, int]] = []
+        table: list[tuple[int, str, int, int, int, int]] = []
         for document in batch:
             self.texts += 1
             self.texts_without_tokens += not len(document.input_ids)
             self._check_ids(document)
-            self._tokens_file.write(document.input_ids.astype(np.uint32, copy=False).data)
-            table += self._cut(document)
+            table += self._cut(document, offset=self._stored(document))
         columns = zip(*table, strict=True) if table else ((),) * len(ROW_SCHEMA)
         arrays = [pa.array(column, kind.type) for column, kind in zip(columns, ROW_SCHEMA, strict=True)]
         self._rows.write_batch(pa.record_batch(arrays, schema=ROW_SCHEMA))
@@ -171,7 +173,19 @@ class _PartWriter:
                 "to the model's own, raise model.config.vocab_size, or repair the row"
             )
 
-    def _cut(self, document: TokenizedDocument) -> Iterator[tuple[int, str, int, int, int]]:
+    def _stored(self, document: TokenizedDocument) -> int:
+        """Byte at which the tokens lie; they are written unless the unit's file holds them as they are."""
+        if self._in_place is None:
+            self._in_place = document.stored_at is not None
+        if not self._in_place:
+            offset = self._tokens_file.tell()
+            self._tokens_file.write(document.input_ids.astype(np.uint32, copy=False).data)
+            return offset
+        if document.stored_at is None:
+            raise DataError(f"{self._unit.files[0].path} is compressed in part; save it again without compression")
+        return document.stored_at
+
+    def _cut(self, document: TokenizedDocument, *, offset: int) -> Iterator[tuple[int, str, int, int, int, int]]:
         """Rows of ROW_SCHEMA: documents of at most max_document_tokens, in order, without gap."""
         length = len(document.input_ids)
         step = self._most or max(length, 1)
@@ -181,7 +195,7 @@ class _PartWriter:
                 runs = clipped(document.loss_runs, start=first, stop=first + size)
                 self._runs_file.write(np.ascontiguousarray(runs, np.int32).tobytes())
                 count = len(runs)
-            yield self._source, document.name, first, size, count
+            yield self._unit.source, document.name, first, size, offset + TOKEN_BYTES * first, count
 
     def record(self, *, key: str, content: str) -> TokenRecord:
         return TokenRecord(
@@ -193,4 +207,5 @@ class _PartWriter:
             documents=self.documents,
             tokens=self.tokens,
             max_token_id=self.max_token_id,
+            stored_in=str(self._unit.files[0].path.resolve()) if self._in_place else None,
         )
