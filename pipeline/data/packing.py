@@ -5,7 +5,6 @@ Between tokenize and write in the data path: lengths -> PackingPlan. No token is
 
 import json
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ from pipeline.files import replaced
 PLANNER_VERSION = 2
 OPEN_SAMPLES = 64
 """Samples that wait for a document that fits; four reach the lower bound at 3.7M tokens, short samples need more."""
+
+CHUNK = 1 << 16
+"""Documents whose lengths are Python integers at a time: a loop handles them faster than numpy's."""
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -137,9 +139,7 @@ def _pieces(documents: Ints, lengths: Ints, *, seq_len: int, open_samples: int) 
     sizes = lengths[documents]
     full, rests = sizes // seq_len, sizes % seq_len
     left = np.flatnonzero(rests)
-    rest_sample = np.fromiter(
-        _best_fit(_ints(rests[left]), seq_len=seq_len, open_samples=open_samples), np.int64, len(left)
-    )
+    rest_sample = _best_fit(rests[left], seq_len=seq_len, open_samples=open_samples)
     first_full = int(rest_sample.max()) + 1 if len(left) else 0
     full_start = seq_len * (np.arange(int(full.sum())) - np.repeat(np.cumsum(full) - full, full))
     sample = np.concatenate([rest_sample, first_full + np.arange(len(full_start))])
@@ -152,33 +152,31 @@ def _pieces(documents: Ints, lengths: Ints, *, seq_len: int, open_samples: int) 
     }
 
 
-def _ints(values: Ints) -> Iterator[int]:
-    """Python's integers, which a loop handles faster than numpy's, without all of them in memory."""
-    for first in range(0, len(values), 1 << 16):
-        yield from values[first : first + (1 << 16)].tolist()
-
-
-def _best_fit(rests: Iterator[int], *, seq_len: int, open_samples: int) -> Iterator[int]:
-    """The sample of each rest; samples are numbered as they are opened.
+def _best_fit(rests: Ints, *, seq_len: int, open_samples: int) -> Ints:
+    """The sample of each rest [rests]; samples are numbered as they are opened.
 
     `waiting` holds the open samples, sorted by free tokens, each as one integer (free << 40 | sample), because
     comparing tuples takes three times as long. When no rest fits and there are too many, the fullest is closed.
     """
     waiting: list[int] = []
     samples, mask = 0, (1 << 40) - 1
-    for rest in rests:
-        fit = bisect_left(waiting, rest << 40)
-        if fit < len(waiting):
-            found = waiting.pop(fit)
-            sample, free = found & mask, (found >> 40) - rest
-        else:
-            sample, free = samples, seq_len - rest
-            samples += 1
-            if len(waiting) == open_samples:
-                waiting.pop(0)
-        if free:
-            insort(waiting, free << 40 | sample)
-        yield sample
+    found = np.empty(len(rests), np.int64)
+    for first in range(0, len(rests), CHUNK):
+        chosen: list[int] = []
+        for rest in rests[first : first + CHUNK].tolist():
+            fit = bisect_left(waiting, rest << 40)
+            if fit < len(waiting):
+                place = waiting.pop(fit) - (rest << 40)
+            else:
+                place = seq_len - rest << 40 | samples
+                samples += 1
+                if len(waiting) == open_samples:
+                    del waiting[0]
+            if place > mask:
+                insort(waiting, place)
+            chosen.append(place & mask)
+        found[first : first + CHUNK] = chosen
+    return found
 
 
 def _without_last(plan: PackingPlan) -> PackingPlan:
@@ -209,23 +207,27 @@ def _without_last(plan: PackingPlan) -> PackingPlan:
 def check_plan(plan: PackingPlan, *, lengths: Ints, copies: Ints) -> None:
     """Raises DataError unless every token is in one place per copy of its document, and no sample is too long."""
     sizes = plan.stop - plan.start
-    rows = np.lexsort((plan.start, plan.document))
-    document, start, stop = plan.document[rows], plan.start[rows], plan.stop[rows]
-    expected = np.repeat(np.arange(len(lengths)), -(-lengths // plan.seq_len) * copies)
-    faults = {
-        "a sample has no piece": np.diff(plan.sample_offsets).min() < 1 or plan.sample_offsets[-1] != len(sizes),
-        "a piece has no token": sizes.min() < 1,
-        "a document has too many or too few pieces": not np.array_equal(document, expected),
-        "tokens in are not tokens out + dropped": plan.tokens_in != plan.tokens + plan.tokens_dropped,
-    }
-    _refuse(faults)
-    first = np.searchsorted(document, document)
-    expected_start = plan.seq_len * ((np.arange(len(document)) - first) // copies[document])
+    per_document = -(-lengths // plan.seq_len)
+    most = int(per_document.max())
+    # One number for each piece that there must be, document after document; each as often as its document has copies.
+    number = np.sort(plan.document * most + plan.start // plan.seq_len)
+    expected = np.repeat(np.arange(len(lengths)), per_document * copies)
+    within = np.arange(len(expected)) - np.searchsorted(expected, expected)
     _refuse(
         {
+            "a sample has no piece": np.diff(plan.sample_offsets).min() < 1 or plan.sample_offsets[-1] != len(sizes),
+            "a document has too many or too few pieces": not np.array_equal(
+                number, expected * most + within // np.maximum(copies[expected], 1)
+            ),
+            "tokens in are not tokens out + dropped": plan.tokens_in != plan.tokens + plan.tokens_dropped,
+        }
+    )
+    whole = np.minimum(lengths[plan.document] - plan.start, plan.seq_len)
+    _refuse(
+        {
+            "a token is in two samples or in none": (plan.start % plan.seq_len).any()
+            or not np.array_equal(sizes, whole),
             "a sample is too long": np.add.reduceat(sizes, plan.sample_offsets[:-1]).max() > plan.seq_len,
-            "a token is in two samples or in none": not np.array_equal(start, expected_start)
-            or not np.array_equal(stop, np.minimum(expected_start + plan.seq_len, lengths[document])),
         }
     )
 
