@@ -36,6 +36,8 @@ from pipeline.train.schedule import learning_rate
 STEPS = 200
 RESULTS = Path(__file__).parent / "results"
 OVERRIDES = [
+    "optimizer.weight_decay_on=all",
+    "evaluation=null",
     "data.seq_len=4096",
     f"train.steps={STEPS}",
     "train.self_check.tokens=4096",

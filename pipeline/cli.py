@@ -1,6 +1,7 @@
 """The `alst` command. A subcommand's modules are imported when it runs, so that `--help` and planning need no torch."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -158,6 +159,29 @@ def run(
     from pipeline.launch.entry import run_stage
 
     run_stage(plan_path, stage, task=task)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under ./runs.")],
+    out: Annotated[Path, typer.Argument(help="The new folder, for from_pretrained.")],
+    step: Annotated[int | None, typer.Option(help="Of which checkpoint; by default the newest whole one.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights; by default the recipe's.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Load the folder again and compare every tensor.")] = True,
+) -> None:
+    """Write a run's weights as a normal Hugging Face folder, also while the run goes on."""
+    from pipeline.launch.resume import find_run
+    from pipeline.plan.run_dir import runs_root
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is asked for; DeepSpeed would warn of that
+    from pipeline.train.export import export as export_weights
+
+    checkpoint = export_weights(find_run(run_folder, runs=runs_root()), out, step=step, dtype=dtype, checked=check)
+    typer.echo(
+        f"{out}: the weights after {checkpoint.record.step} steps; AutoModelForCausalLM.from_pretrained opens it"
+    )
 
 
 @app.command()

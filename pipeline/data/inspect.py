@@ -1,18 +1,17 @@
 """What is in a packed data set, for people and for programs: counts, document lengths, fill, checksums."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from pipeline.data.packed_dataset import DOCUMENTS_NAME, PART_SCHEMA, TOKENIZER_NAME, PackedDataset
+from pipeline.data.documents import documents_within
+from pipeline.data.packed_dataset import DOCUMENTS_NAME, TOKENIZER_NAME, PackedDataset
 from pipeline.data.token_parts import read_document_rows
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import DataError
@@ -130,35 +129,19 @@ def beginnings(folder: Path, *, sample: int) -> dict[str, Any]:
     dataset = PackedDataset.open(folder)
     if not 0 <= sample < dataset.samples:
         raise DataError(f"sample {sample} is not in {folder}; it has samples 0 to {dataset.samples - 1}")
-    known = dataset.sample(sample)
-    rows, tokenizer = read_document_rows(folder / DOCUMENTS_NAME), _tokenizer(folder)
+    known, tokenizer = dataset.sample(sample), _tokenizer(folder)
     documents = []
-    ids = _document_ids(dataset, sample)
-    for document, (start, stop) in zip(ids, pairwise(known.cu_seqlens.tolist()), strict=True):
-        tokens = dataset.read_tokens(sample, start, min(stop, start + SHOWN_TOKENS)).tolist()
+    for placed in documents_within(dataset, sample, start=0, stop=known.n_tokens):
+        tokens = dataset.read_tokens(sample, placed.start, min(placed.stop, placed.start + SHOWN_TOKENS)).tolist()
         shown = tokenizer.decode(tokens, skip_special_tokens=False) if tokenizer else " ".join(map(str, tokens))
-        row = rows.slice(document, 1).to_pylist()[0]
-        documents.append(
-            {"document": document, "name": row["name"], "start": start, "tokens": stop - start, "begins": shown}
-        )
+        size = {"start": placed.start, "tokens": placed.stop - placed.start}
+        documents.append({"document": placed.document, "name": placed.name, **size, "begins": shown})
     return {"sample": sample, "n_tokens": known.n_tokens, "n_valid": known.n_valid, "documents": documents}
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / TOKENIZER_NAME
     return load_tokenizer(str(path)) if path.exists() else None
-
-
-def _document_ids(dataset: PackedDataset, sample: int) -> list[int]:
-    """From the part file; the index does not hold them, as no rank needs them."""
-    number = int(dataset.index.part[sample])
-    first = int(np.flatnonzero(dataset.index.part == number)[0])
-    with pa.memory_map(str(dataset.folder / dataset.manifest.parts[number].name)) as source:
-        for row, batch in enumerate(pa.ipc.open_stream(source), start=first):
-            if row == sample:
-                found: list[int] = batch.column(PART_SCHEMA.get_field_index("document_ids"))[0].as_py()
-                return found
-    raise DataError(f"sample {sample} is not in part {number} of {dataset.folder}; run `alst inspect` on it")
 
 
 def print_beginnings(found: dict[str, Any], *, console: Console | None = None) -> None:

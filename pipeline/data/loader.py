@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Literal
 
+import numpy as np
+
 from pipeline.data.batch import Batch, batch_of
-from pipeline.data.order import LikeCosts, epoch_order
+from pipeline.data.order import LikeCosts, by_cost
 from pipeline.data.packed_dataset import PackedDataset
-from pipeline.data.packing import Ints
+from pipeline.data.packing import Ints, seeded_order
 from pipeline.data.prefetch import BatchReader
+from pipeline.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,34 @@ class Place:
     """Index in the packed data set."""
 
 
-def place_at(position: int, *, samples: int, seed: int, like_costs: LikeCosts | None = None) -> Place:
-    """The `position`-th sample that training sees: every sample once per epoch, each epoch in an order of its own."""
-    epoch, row = divmod(position, samples)
-    return Place(epoch, int(_epoch_order(samples, seed, epoch, like_costs)[row]))
+def place_at(
+    position: int, *, samples: int, seed: int, held_out: int = 0, like_costs: LikeCosts | None = None
+) -> Place:
+    """The `position`-th sample that training sees: every sample that is not held out once per epoch, each epoch in an
+    order of its own."""
+    epoch, row = divmod(position, samples - held_out)
+    return Place(epoch, int(_epoch_order(samples, seed, epoch, held_out, like_costs)[row]))
+
+
+def held_out_samples(samples: int, *, seed: int, held_out: int) -> Ints:
+    """The samples [held_out] that training never sees: those that would come last in the first epoch, so that holding
+    them out changes nothing in what comes before.
+
+    Raises DataError if none would be left to train on.
+    """
+    if held_out >= samples:
+        raise DataError(
+            f"evaluation.samples = {held_out}: the packed data set has {samples}, and training needs at least one of "
+            "them; hold out fewer, give more data, or set evaluation: null"
+        )
+    return seeded_order(samples, seed=seed)[samples - held_out :]
 
 
 @lru_cache(maxsize=2)  # a step can span the border of two epochs
-def _epoch_order(samples: int, seed: int, epoch: int, like_costs: LikeCosts | None) -> Ints:
-    return epoch_order(samples, seed=seed, epoch=epoch, like_costs=like_costs)
+def _epoch_order(samples: int, seed: int, epoch: int, held_out: int, like_costs: LikeCosts | None) -> Ints:
+    order = seeded_order(samples, seed=seed, stream=epoch)
+    order = order[~np.isin(order, held_out_samples(samples, seed=seed, held_out=held_out))]
+    return by_cost(order, like_costs, seed=seed, epoch=epoch) if like_costs else order
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +81,10 @@ class MicroBatches:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, sample in enumerate(self.samples, start=1):
-            yield self.reader.batch(sample, upcoming=self.samples[number:] + self.following)
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.reader.batch(self.samples[number], upcoming=self.samples[number + 1 :] + self.following)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +130,8 @@ class PackedLoader:
     """Micro-batches read ahead."""
     verify: bool = True
     """Check what is read."""
+    held_out: int = 0
+    """Samples that are never trained on: `held_out_samples`."""
 
     def __len__(self) -> int:
         return self.steps - self.start.step
@@ -124,7 +150,13 @@ class PackedLoader:
 
     def sample_at(self, position: int) -> Place:
         """The sample at a position of the training order; a pure function of data set and seed."""
-        return place_at(position, samples=self.dataset.samples, seed=self.seed, like_costs=self._like_costs)
+        return place_at(
+            position,
+            samples=self.dataset.samples,
+            seed=self.seed,
+            held_out=self.held_out,
+            like_costs=self._like_costs,
+        )
 
     @cached_property
     def _like_costs(self) -> LikeCosts | None:

@@ -1,4 +1,4 @@
-"""In which order an epoch visits the samples. Pure functions of the data set's index and a seed.
+"""Samples of like cost in one step: a pure function of the data set's index, a seed and the epoch.
 
 Inside the last stop of the data path; `loader` says who gets which of them.
 """
@@ -22,20 +22,16 @@ class LikeCosts:
     """dp x gradient accumulation, samples of a step"""
 
 
-def epoch_order(samples: int, *, seed: int, epoch: int, like_costs: LikeCosts | None = None) -> Ints:
-    """int64 [samples]: every sample once, in an order that each epoch has for itself.
+def by_cost(order: Ints, like: LikeCosts, *, seed: int, epoch: int) -> Ints:
+    """An epoch's order [samples], rearranged: its steps take neighbours by cost, in a shuffled order of steps.
 
-    With `like_costs` the steps of the epoch take samples that are neighbours by cost, in a shuffled order of steps.
     What is lost is which samples meet in a step: always about the same ones. Samples of a step that this epoch shares
-    with the one before or after it are drawn at random.
+    with the one before or after it stay drawn at random.
     """
-    order = seeded_order(samples, seed=seed, stream=epoch)
-    if like_costs is None:
-        return order
-    size = like_costs.per_step
-    shared = -epoch * samples % size  # of this epoch's samples, those that fill up the last step of the one before
-    groups = max(0, samples - shared) // size
-    head, body, tail = np.split(order, [min(shared, samples), min(shared, samples) + groups * size])
-    by_cost = body[np.argsort(like_costs.costs[body], kind="stable")].reshape(groups, size)
-    steps = by_cost[seeded_order(groups, seed=seed, stream=_GROUPS + epoch)]
+    size = like.per_step
+    first = min(-epoch * len(order) % size, len(order))  # the samples before it fill up the last step before this epoch
+    groups = (len(order) - first) // size
+    head, body, tail = np.split(order, [first, first + groups * size])
+    neighbours = body[np.argsort(like.costs[body], kind="stable")].reshape(groups, size)
+    steps = neighbours[seeded_order(groups, seed=seed, stream=_GROUPS + epoch)]
     return np.concatenate([head, steps.reshape(-1), tail])

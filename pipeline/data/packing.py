@@ -225,7 +225,7 @@ def check_plan(plan: PackingPlan, *, lengths: Ints, copies: Ints) -> None:
     whole = np.minimum(lengths[plan.document] - plan.start, plan.seq_len)
     _refuse(
         {
-            "a token is in two samples or in none": (plan.start % plan.seq_len).any()
+            "a token is in two samples or in none": bool((plan.start % plan.seq_len).any())
             or not np.array_equal(sizes, whole),
             "a sample is too long": np.add.reduceat(sizes, plan.sample_offsets[:-1]).max() > plan.seq_len,
         }

@@ -1,6 +1,6 @@
 """Rows of a unit's files, one at a time: JSON lines, plain or compressed, Parquet, Arrow. Only the columns asked for.
 
-Inside the first stop of the data path: Unit -> Row, which `documents` makes a document of.
+Inside the first stop of the data path: Unit -> Row, which `source_documents` makes a document of.
 """
 
 import gzip

@@ -1,7 +1,7 @@
 """Where documents come from: the files of every source, and how they are divided into units of work.
 
 First stop of the data path: source -> Unit. A unit is what one token part is made of; the sources alone decide units,
-so that any number of tasks agrees on them. What is in the files, `documents` reads.
+so that any number of tasks agrees on them. What is in the files, `source_documents` reads.
 """
 
 import sysconfig

@@ -13,9 +13,9 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from pipeline.data.chat import ChatTemplate
-from pipeline.data.documents import RawDocument, TokenizedDocument, documents
 from pipeline.data.loss_runs import Runs, clipped, runs_of_mask
 from pipeline.data.packed_dataset import TOKEN_BYTES
+from pipeline.data.source_documents import RawDocument, TokenizedDocument, documents
 from pipeline.data.sources import Unit, content_hash
 from pipeline.data.token_parts import EVERY_TOKEN, ROW_SCHEMA, TokenPart, TokenRecord
 from pipeline.errors import DataError

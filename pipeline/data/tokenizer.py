@@ -11,7 +11,7 @@ from shutil import rmtree
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.data.documents import TokenizedDocument, documents
+from pipeline.data.source_documents import TokenizedDocument, documents
 from pipeline.data.sources import units
 from pipeline.errors import DataError
 from pipeline.files import HOST, replaced, write_json

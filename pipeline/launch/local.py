@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -98,8 +98,9 @@ def _copy_to_console(pipe: IO[bytes] | None, log: Path) -> threading.Thread:
     def copy() -> None:
         with log.open("wb") as file:
             for line in iter(pipe.readline, b""):
-                file.write(line)
-                file.flush()
+                with suppress(OSError):  # a full disk: the console still has it, and rank 0 must not wait for this pipe
+                    file.write(line)
+                    file.flush()
                 sys.stdout.write(line.decode(errors="replace"))
                 sys.stdout.flush()
 

@@ -22,10 +22,10 @@ def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
         raise UserError(
             f"{run_dir.path}: its checkpoints are of another model; leave model.* as it was: start a new run"
         )
-    if plan.packing_key != before.packing_key:
+    if (plan.packing_key, plan.held_out) != (before.packing_key, before.held_out):
         raise UserError(
-            f"{run_dir.path}: its place in the data means nothing in other samples; leave data.* as it was (only "
-            "data.cross_document_attention may change), or start a new run"
+            f"{run_dir.path}: its place in the data means nothing in other samples; leave data.* and "
+            "evaluation.samples as they were (data.cross_document_attention may change), or start a new run"
         )
     return plan
 

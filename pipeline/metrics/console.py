@@ -80,7 +80,17 @@ def step_line(record: StepRecord, total_steps: int) -> str:
         f"MFU {mfu:>5}",
         f"ETA {duration(record.eta_seconds)}",
     )
-    return "  ".join(columns)
+    return "  ".join([*columns, *_remarks(record)])
+
+
+def _remarks(record: StepRecord) -> list[str]:
+    """What only some steps have, behind the columns."""
+    found = []
+    if record.eval_loss is not None and record.eval_seconds is not None:
+        found.append(f"held-out loss {record.eval_loss:.3f} in {record.eval_seconds:.1f} s")
+    if record.loss_spike:
+        found.append("LOSS SPIKE")
+    return found
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]], *, stream: TextIO | None = None) -> None:

@@ -52,6 +52,12 @@ class StepRecord:
     eta_seconds: float | None
     time: float
     """Unix seconds at the end of the step."""
+    loss_spike: bool = False
+    """The loss stands out above those before it."""
+    eval_loss: float | None = None
+    """Mean over the valid tokens of the held-out samples, in nats; None when the step was not followed by one."""
+    eval_seconds: float | None = None
+    """Not part of the step's."""
 
 
 @dataclass(frozen=True)

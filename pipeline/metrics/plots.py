@@ -10,7 +10,8 @@ from pipeline.metrics.tracker import read_steps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOSS_COLOR, SPEED_COLOR, DEVICE_COLOR, HOST_COLOR = "#1f4e9c", "#1b7f4d", "#b3541e", "#7a5195"
+LOSS_COLOR, EVAL_COLOR, SPIKE_COLOR = "#1f4e9c", "#d1802b", "#b3541e"
+SPEED_COLOR, DEVICE_COLOR, HOST_COLOR = "#1b7f4d", "#b3541e", "#7a5195"
 MARKER_LIMIT = 60  # steps; beyond, the markers run into one another and the line alone reads better
 
 
@@ -24,8 +25,7 @@ def plot_training(metrics_path: Path, out: Path, *, title: str | None = None) ->
     figure.suptitle(title or metrics_path.resolve().parent.name, x=0.01, ha="left", fontsize=14, fontweight="bold")
     for axes in (loss, speed, memory):
         _dress(axes)
-    _draw(loss, rows, "loss", LOSS_COLOR)
-    loss.set_ylabel("loss (nats per token)")
+    _draw_loss(loss, rows)
     _draw(speed, rows, "tokens_per_second", SPEED_COLOR)
     speed.set_ylabel("tokens / s")
     speed.yaxis.set_major_formatter("{x:,.0f}")
@@ -40,6 +40,20 @@ def plot_training(metrics_path: Path, out: Path, *, title: str | None = None) ->
     partial = out.with_name(out.name + ".partial")
     figure.savefig(partial, format="png", dpi=120)
     partial.replace(out)
+
+
+def _draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+    _draw(axes, rows, "loss", LOSS_COLOR, label="training")
+    evaluated = [row for row in rows if row.get("eval_loss") is not None]
+    spikes = [row for row in rows if row.get("loss_spike") and row["loss"] is not None]
+    if evaluated:
+        _draw(axes, evaluated, "eval_loss", EVAL_COLOR, label="held out")
+    if spikes:
+        steps, losses = [row["step"] for row in spikes], [row["loss"] for row in spikes]
+        axes.scatter(steps, losses, marker="v", color=SPIKE_COLOR, zorder=3, label="spike")
+    if evaluated or spikes:
+        axes.legend(frameon=False, fontsize=9)
+    axes.set_ylabel("loss (nats per token)")
 
 
 def _draw_memory(axes: "Axes", rows: list[dict[str, Any]]) -> None:

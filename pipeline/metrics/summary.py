@@ -23,6 +23,8 @@ class Summary:
     first_loss: float | None
     """None when the loss was not finite."""
     last_loss: float | None
+    eval_losses: tuple[float, ...]
+    """On held-out samples, in the order found; empty without evaluation."""
     tokens_per_second: float
     """Median over the steps, without the first."""
     peak_rss_bytes: int
@@ -51,6 +53,7 @@ def summarize(
         steps=rows[-1]["step"],
         first_loss=rows[0]["loss"],
         last_loss=rows[-1]["loss"],
+        eval_losses=tuple(row["eval_loss"] for row in rows if row.get("eval_loss") is not None),
         tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows[1:] or rows),
         peak_rss_bytes=max(row["peak_host_rss_bytes"] for row in rows),
         paths=dict(paths or {}),
@@ -64,6 +67,7 @@ def print_summary(summary: Summary, *, stream: TextIO | None = None) -> None:
         ("samples", f"{summary.samples:,} ({summary.fill_fraction:.1%} filled)"),
         ("steps", f"{summary.steps:,}"),
         ("loss", f"{_loss(summary.first_loss)} -> {_loss(summary.last_loss)}"),
+        *[("held-out loss", f"{losses[0]:.3f} -> {losses[-1]:.3f}") for losses in [summary.eval_losses] if losses],
         ("tokens/s", f"{summary.tokens_per_second:,.0f} (median)"),
         ("peak RSS", f"{gib(summary.peak_rss_bytes)} (largest process)"),
     ]

@@ -55,20 +55,38 @@ class MlflowStore:
 
 
 class JsonlWriter:
-    """Appends a step per line. A line is handed to the kernel whole, so a killed process leaves whole lines."""
+    """Appends a step per line. A line is handed to the kernel whole, so a killed process leaves whole lines.
 
-    def __init__(self, path: Path) -> None:
+    What a full disk does not take is kept, and written with a later line.
+    """
+
+    def __init__(self, path: Path, *, warn: Warn = warn_on_console) -> None:
         _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self._warn = warn
 
     def write(self, record: StepRecord) -> None:
         """Append one object; a number that is not finite becomes null, which every JSON reader takes."""
         row = {name: _finite(value) for name, value in dataclasses.asdict(record).items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        waiting = bool(self._pending)
+        self._pending += json.dumps(row, allow_nan=False).encode() + b"\n"
+        error = self._write_pending()
+        if error is not None and not waiting:
+            self._warn(f"{self._file.name}: {error.strerror}; steps are kept in memory until there is room")
 
     def close(self) -> None:
+        if (error := self._write_pending()) is not None:
+            self._warn(f"{self._file.name}: {error.strerror}; the last {self._pending.count(10)} steps are not in it")
         self._file.close()
+
+    def _write_pending(self) -> OSError | None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) or 0 :]
+        except OSError as error:
+            return error
+        return None
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -120,8 +138,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 class MlflowWriter:
     """One MLflow run. After a failure it warns, keeps quiet for `RETRY_SECONDS` and then tries again."""
 
-    def __init__(self, client: Any, run_id: str, *, known_params: Mapping[str, str], warn: Warn) -> None:
+    def __init__(
+        self, client: Any, run_id: str, *, known_params: Mapping[str, str], warn: Warn, steps_told: int = 0
+    ) -> None:
         self.run_id = run_id
+        self._steps_told = steps_told  # by earlier starts: a step that is done again is not told twice
         self._client = client
         self._known_params = known_params
         self._warn = warn
@@ -145,7 +166,7 @@ class MlflowWriter:
                 self._client.log_batch(self.run_id, params=new[start : start + PARAMS_PER_CALL])
 
     def log_step(self, record: StepRecord) -> None:
-        if self._is_quiet():
+        if self._is_quiet() or record.step <= self._steps_told:
             return
         from mlflow.entities import Metric
 
@@ -302,7 +323,8 @@ def _open_mlflow(store: MlflowStore, run_dir: Path, experiment: str, run_name: s
         if run is None:
             run = client.create_run(_experiment_id(client, experiment, store.artifact_location), run_name=run_name)
             _write_run_id(run_dir / RUN_ID_FILE, run.info.run_id)
-    return MlflowWriter(client, run.info.run_id, known_params=run.data.params, warn=warn)
+        told = max((metric.step for metric in client.get_metric_history(run.info.run_id, "loss")), default=0)
+    return MlflowWriter(client, run.info.run_id, known_params=run.data.params, warn=warn, steps_told=told)
 
 
 def _resume_run(client: Any, run_id_file: Path) -> Any:

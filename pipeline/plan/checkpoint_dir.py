@@ -52,6 +52,8 @@ class CheckpointRecord:
     zero_stage: int
     packing_key: str
     """Names the packed data set; positions mean nothing in another one."""
+    held_out: int
+    """Samples of it that training leaves alone; positions mean other samples with another number."""
     commit: str
     saved_at: float
     """Unix seconds."""
@@ -74,8 +76,9 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def writing_name(step: int) -> str:
-    return f".writing-{folder_name(step)}"
+def writing_name(target: Path) -> str:
+    """Of a checkpoint that is not whole yet."""
+    return f".writing-{target.name}"
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -35,6 +35,10 @@ def environment(plan: JobPlan, *, cpus_per_rank: int) -> list[Variable]:
             "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1", "flash-attn-4 compiles each variant once, not once a job"
         )
     )
+    if plan.recipe.train.deterministic:
+        table.append(
+            Variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "cuBLAS sums in one order only with a workspace of its own")
+        )
     if plan.recipe.memory.allocator.expandable_segments:
         # torch >= 2.9 reads the first name, older ones the second; the wrong one is ignored without a word.
         table += [

@@ -60,6 +60,12 @@ class JobPlan:
         }
 
     @property
+    def held_out(self) -> int:
+        """Samples of the run's own packed data set that training leaves alone."""
+        recipe = self.recipe.evaluation
+        return recipe.samples if recipe is not None and recipe.packed is None else 0
+
+    @property
     def packing_key(self) -> str:
         """Names the packed data set: equal for recipes that ask for the same bytes."""
         data = self.recipe.data.model_dump(mode="json", exclude=set(READING_KEYS))

@@ -69,6 +69,10 @@ class RunDir:
     def lock(self) -> Path:
         return self.path / "lock"
 
+    def nan_record(self, step: int) -> Path:
+        """What is known of a step, counted from 1, whose loss or gradient was not finite."""
+        return self.path / "nan" / f"step-{step}.json"
+
     def logs(self, *, job: str, restart: int = 0) -> Path:
         """Of one start of a job: `rank<k>.log` per rank."""
         return self.path / "logs" / job / str(restart)

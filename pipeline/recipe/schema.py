@@ -290,6 +290,8 @@ class OptimizerRecipe(Section):
     betas: Annotated[tuple[float, float], Field(strict=False)]
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay_on: Literal["matrices", "all"]
+    """`matrices` spares norms, biases and embeddings."""
     states_dtype: Literal["float32", "bfloat16"]
     """Of master weights, gradients and moments; bfloat16 halves them and needs model.dtype bfloat16."""
 
@@ -318,6 +320,8 @@ class TrainRecipe(Section):
     grad_accumulation: Count
     grad_clip: Annotated[float, Field(gt=0)] | None
     seed: NonNegative
+    deterministic: bool
+    """The same bits from the same start; kernels that cannot promise it are refused."""
     self_check: SelfCheck | None
 
 
@@ -333,6 +337,16 @@ class CheckpointRecipe(Section):
     """Train on while bytes are written, wherever host memory has room for a copy of the states."""
     verify: bool
     """Compare checksums of every file before resuming from it; sizes are compared in any case."""
+
+
+class EvaluationRecipe(Section):
+    """The loss on packed samples that training never sees, every so many steps and at the end."""
+
+    every_steps: Count
+    samples: Count
+    """Held out of training; with `packed`, taken from there instead."""
+    packed: str | None = None
+    """Another packed data set, as `alst pack` writes it; null holds samples out of the run's own."""
 
 
 class TrackingRecipe(Section):
@@ -374,6 +388,7 @@ class Recipe(Section):
     train: TrainRecipe
     checkpoint: CheckpointRecipe | None
     """null: nothing is saved."""
+    evaluation: EvaluationRecipe | None
     tracking: TrackingRecipe
     hardware: HardwareRecipe
 

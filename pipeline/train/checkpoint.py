@@ -53,13 +53,17 @@ class _Save:
 
     record: CheckpointRecord
     folder: Path
+    """Where it is written."""
+    target: Path
+    """Its name once it is whole."""
     began: float
     part: PartWriter
     stall_seconds: float = 0.0
     written: threading.Event = field(default_factory=threading.Event)
     """This rank's part is done, well or not."""
     abandoned: threading.Event = field(default_factory=threading.Event)
-    """Some rank's part is not on disk: stop waiting for it."""
+    """Some rank's part is not on disk, as `error` says: stop waiting for it."""
+    error: str | None = None
 
 
 class Checkpointer:
@@ -94,12 +98,27 @@ class Checkpointer:
         The one before is on disk, or given up, when this returns; this one may take longer. A disk without room for
         it is a warning.
         """
+        return self._begin(cursor, self._folder / checkpoint_dir.folder_name(cursor.step))
+
+    def save_aside(self, cursor: Cursor) -> Path | None:
+        """Save the state for whoever wants to look at it; nobody resumes from there. Returns where, once it is whole.
+
+        None where checkpoints are off, or where it could not be written.
+        """
+        if self._trainee.plan.recipe.checkpoint is None:
+            return None
+        target = self._folder / f"aside-{checkpoint_dir.folder_name(cursor.step)}"
+        self._begin(cursor, target)
+        self._settle()
+        return target if self._failure is None else None
+
+    def _begin(self, cursor: Cursor, target: Path) -> float:
         began = time.monotonic()
         self._settle()
-        self._failure = self._agree(self._make_room(cursor))
+        folder = target.with_name(checkpoint_dir.writing_name(target))
+        self._failure = self._agree(self._make_room(cursor, folder))
         if self._failure is not None:
             return time.monotonic() - began
-        folder = self._folder / checkpoint_dir.writing_name(cursor.step)
         # DeepSpeed's own order of what each rank saves; nothing is written in here, see CopyingEngine.
         self._trainee.engine.save_checkpoint(str(folder), tag=DEEPSPEED_NAME, save_latest=False)
         states = [*self._states.take(), (folder / random_file(self._rank), random_state())]
@@ -110,7 +129,7 @@ class Checkpointer:
             asynchronous=recipe is not None and recipe.asynchronous,
             ranks_per_node=self._trainee.plan.recipe.hardware.gpus_per_node,
         )
-        self._save = _Save(self._record(cursor), folder, began, part)
+        self._save = _Save(self._record(cursor), folder, target, began, part)
         self._save.stall_seconds = time.monotonic() - began
         self._saved_step = cursor.step
         part.start(then=partial(self._after_part, self._save))
@@ -136,7 +155,8 @@ class Checkpointer:
         if save is None:
             return
         save.written.wait()
-        if self._agree(save.part.error) is not None:
+        save.error = self._agree(save.part.error)
+        if save.error is not None:
             save.abandoned.set()
         save.part.join()
         self._failure = self._agree(save.part.error)
@@ -163,7 +183,7 @@ class Checkpointer:
         """On rank 0: wait for every rank's part, then give the checkpoint its name."""
         try:
             files = self._wait_for_parts(save)
-            path, digest = self._name(save, files)
+            digest = self._name(save, files)
         except (OSError, ValueError, RunError) as error:
             save.part.error = str(error)
             shutil.rmtree(save.folder, ignore_errors=True)
@@ -172,7 +192,7 @@ class Checkpointer:
         size = sum(file.size_bytes for file in files)
         self._size_bytes = size
         seconds = time.monotonic() - save.began
-        self._news.append(Saved(str(path), save.record.step, size, save.stall_seconds, seconds, digest))
+        self._news.append(Saved(str(save.target), save.record.step, size, save.stall_seconds, seconds, digest))
 
     def _wait_for_parts(self, save: _Save) -> list[SavedFile]:
         files: list[SavedFile] = []
@@ -180,35 +200,33 @@ class Checkpointer:
             record = save.folder / PARTS_NAME / f"{rank}.json"
             while not record.exists():
                 if save.abandoned.wait(POLL_SECONDS):
-                    raise RunError("a rank could not write its part")
+                    raise RunError(save.error or "a rank could not write its part")
             part = json.loads(record.read_text())
             if part["error"] is not None:
                 raise RunError(f"rank {rank}: {part['error']}")
             files += [SavedFile(**file) for file in part["files"]]
         return files
 
-    def _name(self, save: _Save, files: list[SavedFile]) -> tuple[Path, str]:
-        """Everything is written and read back: from here on it is the newest. Returns its path and digest."""
+    def _name(self, save: _Save, files: list[SavedFile]) -> str:
+        """Everything is written and read back: from here on it is the newest. Returns its digest."""
         shutil.copyfile(self._run_dir.plan, save.folder / self._run_dir.plan.name)
         sync(save.folder / self._run_dir.plan.name)
         shutil.rmtree(save.folder / PARTS_NAME)
         checkpoint_dir.write_record(save.folder, replace(save.record, files=tuple(files)))
         digest = hashlib.sha256((save.folder / checkpoint_dir.RECORD_NAME).read_bytes()).hexdigest()
-        path = self._folder / checkpoint_dir.folder_name(save.record.step)
-        if path.exists():
-            checkpoint_dir.remove(path)
-        save.folder.rename(path)
+        if save.target.exists():
+            checkpoint_dir.remove(save.target)
+        save.folder.rename(save.target)
         sync(self._folder)
         recipe = self._trainee.plan.recipe.checkpoint
         if recipe is not None:
             checkpoint_dir.prune(self._folder, keep_last=recipe.keep_last, keep_every=recipe.keep_every)
-        return path, digest
+        return digest
 
-    def _make_room(self, cursor: Cursor) -> str | None:
+    def _make_room(self, cursor: Cursor, folder: Path) -> str | None:
         """On rank 0: the folder for a checkpoint; or why there is no room for it."""
         if self._rank != 0:
             return None
-        folder = self._folder / checkpoint_dir.writing_name(cursor.step)
         try:
             shutil.rmtree(folder, ignore_errors=True)  # of a save of this step that was given up
             folder.mkdir(parents=True)
@@ -230,6 +248,7 @@ class Checkpointer:
             sp=mesh.sp,
             zero_stage=plan.recipe.zero.stage,
             packing_key=plan.packing_key,
+            held_out=plan.held_out,
             commit=self._commit,
             saved_at=time.time(),
             files=(),

@@ -14,7 +14,6 @@ from typing import IO, Any, cast
 
 import psutil
 import torch
-from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from pipeline.errors import RunError
@@ -67,7 +66,7 @@ class PartWriter:
         """Why this part is not on disk; None if it is."""
         self._thread: threading.Thread | None = None
         if asynchronous and _room_for_copy(states, ranks_per_node):
-            self._states = [(path, clone_tensors_for_torch_save(state)) for path, state in states]
+            self._states = [(path, host_copy(state)) for path, state in states]
         else:
             self._states = states
             self._write()
@@ -135,6 +134,17 @@ def _room_for_copy(states: list[tuple[Path, Any]], ranks_per_node: int) -> bool:
     """Whether every rank of this node may copy its states aside. A matter of this rank alone: nobody need agree."""
     mine = sum(tensor_bytes(state) for _, state in states)
     return psutil.virtual_memory().available > COPY_MARGIN * mine * ranks_per_node
+
+
+def host_copy(state: Any) -> Any:
+    """The state with every tensor copied into host memory. Sizes stay sizes: DeepSpeed's own readers count on it."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return type(state)({name: host_copy(value) for name, value in state.items()})
+    if type(state) in (list, tuple):
+        return type(state)(host_copy(value) for value in state)
+    return state
 
 
 def tensor_bytes(state: Any) -> int:

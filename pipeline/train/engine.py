@@ -8,13 +8,13 @@ import logging
 from typing import Any
 
 import deepspeed
-import torch
 from transformers import PreTrainedModel
 
 from pipeline.memory.apply import Attached
 from pipeline.parallel.mesh import COLLECTIVE_TIMEOUT
 from pipeline.plan.job import JobPlan
-from pipeline.recipe.schema import Gpu, OptimizerRecipe, Recipe
+from pipeline.recipe.schema import Gpu, Recipe
+from pipeline.train.optimizer import create_optimizer
 
 
 def init_distributed(plan: JobPlan) -> None:
@@ -50,26 +50,6 @@ def loss_scale(plan: JobPlan, valid_tokens: int) -> float:
     return plan.world_size * plan.recipe.train.grad_accumulation / max(valid_tokens, 1)
 
 
-def create_optimizer(model: PreTrainedModel, plan: JobPlan) -> torch.optim.Optimizer:
-    """As the recipe asks; AdamW runs on the host, in DeepSpeed's own kernel, if its states are offloaded."""
-    recipe: OptimizerRecipe = plan.recipe.optimizer
-    parameters = model.parameters()
-    if recipe.name == "sgd":
-        return torch.optim.SGD(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    options: dict[str, Any] = {
-        "lr": recipe.lr,
-        "betas": recipe.betas,
-        "eps": recipe.eps,
-        "weight_decay": recipe.weight_decay,
-    }
-    if plan.recipe.zero.offload_optimizer == "cpu":
-        on_host: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-            parameters, adamw_mode=True, fp32_optimizer_states=recipe.states_dtype == "float32", **options
-        )
-        return on_host
-    return torch.optim.AdamW(parameters, **options)
-
-
 def _bfloat16_states(recipe: Recipe) -> dict[str, bool]:
     """Master weights, gradients and moments in bfloat16: 8 bytes per parameter instead of 16."""
     on = recipe.optimizer.states_dtype == "bfloat16"
@@ -102,7 +82,8 @@ def deepspeed_config(plan: JobPlan) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.train.grad_accumulation,
         "gradient_clipping": recipe.train.grad_clip or 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": recipe.model.dtype == "bfloat16"} | _bfloat16_states(recipe),
+        # An update whose gradients are not finite is left out; in float32 stages 1 to 3 do so by themselves.
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16", "check_grad_overflow": True} | _bfloat16_states(recipe),
         "data_types": {"grad_accum_dtype": _sum_dtype(recipe)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,7 +1,7 @@
 """The loop: step after step, each recorded."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -10,10 +10,13 @@ from pipeline.data.loader import PackedLoader, StepBatch
 from pipeline.memory.apply import Attached
 from pipeline.metrics.console import ProgressLine, size, warn
 from pipeline.metrics.meter import StepRecord, StepTimer, step_record
+from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.tracker import Tracker
 from pipeline.model.anatomy import matmul_parameters
 from pipeline.plan.flops import PEAK_FLOPS, model_flops
 from pipeline.train.checkpoint import Checkpointer
+from pipeline.train.evaluate import HeldOut, evaluate, is_due
+from pipeline.train.guard import Guard
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
 
@@ -26,10 +29,27 @@ class Reporting:
     progress: ProgressLine | None
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks at a step once it is done."""
+
+    guard: Guard
+    spikes: SpikeDetector
+    held_out: HeldOut | None
+
+
 def train(
-    trainee: Trainee, loader: PackedLoader, attached: Attached, checkpointer: Checkpointer, reporting: Reporting
+    trainee: Trainee,
+    loader: PackedLoader,
+    attached: Attached,
+    watch: Watch,
+    checkpointer: Checkpointer,
+    reporting: Reporting,
 ) -> tuple[int, ...]:
-    """Run every step of `loader`, and save when it is due. Returns each rank's peak host memory in bytes."""
+    """Run every step of `loader`, and save when it is due. Returns each rank's peak host memory in bytes.
+
+    Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite.
+    """
     timer = StepTimer(synchronize=_synchronize(trainee))
     counted = _counted_parameters(trainee.engine.module)
     peaks: tuple[int, ...] = ()
@@ -42,8 +62,9 @@ def train(
             micro_batches = [model_inputs(micro_batch, trainee) for micro_batch in batch.micro_batches]
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(trainee, micro_batches, valid_tokens=batch.valid_tokens, learning_rate=rate, timer=timer)
+        watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
-        record = _record(trainee, batch, result, timer, rate, attached, counted)
+        record = _watched(_record(trainee, batch, result, timer, rate, attached, counted), trainee, watch)
         reporting.tracker.log_step(record)
         if reporting.progress is not None:
             reporting.progress.step(record)
@@ -67,6 +88,15 @@ def _tell(checkpointer: Checkpointer, reporting: Reporting) -> None:
                 f"checkpoint {Path(news.path).name}: {size(news.bytes)} on disk after {news.seconds:.1f} s, training "
                 f"waited {news.stall_seconds:.1f} s"
             )
+
+
+def _watched(record: StepRecord, trainee: Trainee, watch: Watch) -> StepRecord:
+    """The record with what was found after the step: whether its loss is a spike, the held-out loss if it is due."""
+    record = replace(record, loss_spike=watch.spikes.saw(record.loss))
+    if watch.held_out is None or not is_due(trainee.plan, record.step):
+        return record
+    evaluation = evaluate(trainee, watch.held_out)
+    return replace(record, eval_loss=evaluation.loss, eval_seconds=evaluation.seconds)
 
 
 def _record(

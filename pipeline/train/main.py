@@ -13,16 +13,17 @@ import torch.distributed as dist
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
 from pipeline.attention.kernels.choice import Choice, choose
-from pipeline.attention.kernels.interface import needs_of
+from pipeline.attention.kernels.interface import Needs, needs_of
 from pipeline.data.batch import batch_of
 from pipeline.data.loader import Cursor, PackedLoader
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.errors import RunError, UserError
-from pipeline.memory.apply import attach_features
+from pipeline.memory.apply import Attached, attach_features
 from pipeline.metrics.console import ProgressLine, gib
 from pipeline.metrics.plots import plot_training
+from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.summary import print_summary, summarize
-from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
+from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker, read_steps
 from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
@@ -30,16 +31,20 @@ from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
-from pipeline.train.loop import Reporting, train
+from pipeline.train.evaluate import HeldOut, open_held_out
+from pipeline.train.guard import Guard, NotFiniteError
+from pipeline.train.loop import Reporting, Watch, train
 from pipeline.train.resume import Resume, find_resume, load
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
 
 
 def run(plan: JobPlan, run_dir: RunDir) -> None:
-    """Train as planned. Collective over the ranks of torch's environment variables."""
+    """Train as planned, from the newest checkpoint if there is one. Collective over the ranks of torch's variables."""
     dataset = PackedDataset.open(run_dir.packed(plan))
+    held_out = open_held_out(plan, dataset)
     device = _device(plan)
+    torch.use_deterministic_algorithms(plan.recipe.train.deterministic)  # operations that cannot are refused
     config = transformers_config(plan.recipe.model)
     check_shape(config, plan.model)
     attention = _attention(plan, config, device)
@@ -57,30 +62,63 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
     engine = create_engine(model, plan, attached, load_universal=resume is not None and resume.universal)
     trainee = Trainee(engine, plan, mesh, attention.kernel, device)
     loader = _loader(plan, mesh, dataset, start=Cursor() if resume is None else resume.cursor)
-    for reason in attention.passed_over:
-        _say(mesh, f"attention: passed over {reason}")
-    _say(mesh, f"attention: {attention.kernel.name} ({attention.detail})")
-    _say(mesh, f"mesh: dp={mesh.dp} x sp={mesh.sp}, {plan.local_seq_len:,} tokens per rank")
-    _say(mesh, _first_sample(dataset, loader))
+    _tell_start(trainee, attention, dataset, loader, held_out)
     _check(trainee, dataset, loader)
     if resume is not None:
         load(resume, engine, run_dir, mesh)
         _say(mesh, _resumed(resume, plan))
     checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir))
-    tracker = _tracker(plan, run_dir, mesh)
-    status: RunStatus = "FAILED"
-    try:
-        with ProgressLine(plan.recipe.train.steps) as progress:
-            reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
-            peaks = train(trainee, loader, attached, checkpointer, reporting)
-        status = "FINISHED"
-    finally:
-        _plot(run_dir, tracker, mesh)
-        tracker.finish(status)
+    guard = Guard(trainee, dataset, run_dir, lambda step: checkpointer.save_aside(loader.cursor(step - 1)))
+    watch = Watch(guard, SpikeDetector(_losses_before(run_dir.metrics, loader.start)), held_out)
+    peaks = _train(trainee, loader, attached, watch, checkpointer, _tracker(plan, run_dir, mesh), run_dir)
     _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in enumerate(peaks)))
     if mesh.rank == 0:
         _summary(plan, run_dir, dataset)
     dist.barrier()  # the process ends hard after this: no rank may leave while another still needs it
+
+
+def _train(
+    trainee: Trainee,
+    loader: PackedLoader,
+    attached: Attached,
+    watch: Watch,
+    checkpointer: Checkpointer,
+    tracker: Tracker,
+    run_dir: RunDir,
+) -> tuple[int, ...]:
+    """`train`, with what was recorded plotted and the tracker closed, however it ends."""
+    mesh = trainee.mesh
+    status: RunStatus = "FAILED"
+    not_finite: NotFiniteError | None = None
+    peaks: tuple[int, ...] = ()
+    try:
+        with ProgressLine(trainee.plan.recipe.train.steps) as progress:
+            reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
+            peaks = train(trainee, loader, attached, watch, checkpointer, reporting)
+        status = "FINISHED"
+    except NotFiniteError as error:
+        not_finite = error
+    finally:
+        _plot(run_dir, tracker, mesh)
+        tracker.finish(status)
+    if not_finite is not None:
+        dist.barrier()  # every rank comes here; the first to leave would end rank 0 before its last words are written
+        raise not_finite
+    return peaks
+
+
+def _tell_start(
+    trainee: Trainee, attention: Choice, dataset: PackedDataset, loader: PackedLoader, held_out: HeldOut | None
+) -> None:
+    """What will run, as far as it is known before the first step."""
+    mesh = trainee.mesh
+    for reason in attention.passed_over:
+        _say(mesh, f"attention: passed over {reason}")
+    _say(mesh, f"attention: {attention.kernel.name} ({attention.detail})")
+    _say(mesh, f"mesh: dp={mesh.dp} x sp={mesh.sp}, {trainee.plan.local_seq_len:,} tokens per rank")
+    _say(mesh, _first_sample(dataset, loader))
+    if held_out is not None:
+        _say(mesh, f"held out: {len(held_out.samples):,} samples with {held_out.valid_tokens:,} labels")
 
 
 def _device(plan: JobPlan) -> torch.device:
@@ -106,8 +144,13 @@ def _device(plan: JobPlan) -> torch.device:
 
 def _attention(plan: JobPlan, config: Any, device: torch.device) -> Choice:
     """The kernel that the recipe asks for and the model needs; refused here, before weights load, if there is none."""
-    needs = needs_of(config, dtype=getattr(torch, plan.recipe.model.dtype), sp=plan.sp)
-    return choose(plan.recipe.model.attention, device=device, needs=needs)
+    return choose(plan.recipe.model.attention, device=device, needs=attention_needs(plan, config))
+
+
+def attention_needs(plan: JobPlan, config: Any) -> Needs:
+    """What the model, its dtype, the mesh and `train.deterministic` ask of a kernel."""
+    dtype, deterministic = getattr(torch, plan.recipe.model.dtype), plan.recipe.train.deterministic
+    return needs_of(config, dtype=dtype, deterministic=deterministic, sp=plan.sp)
 
 
 def _check_same_kernel(attention: Choice) -> None:
@@ -136,6 +179,7 @@ def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset, *, start: Cursor)
         prefetch=recipe.data.prefetch,
         verify=recipe.data.verify_checksums,
         start=start,
+        held_out=plan.held_out,
     )
 
 
@@ -217,10 +261,17 @@ def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
                 "make mlflow                       the run in a browser",
                 "alst inspect PACKED_DATA          what the samples are made of",
                 "alst train tiny train.steps=100   any key of a recipe can be overridden",
+                "alst resume RUN train.steps=100   train this run longer; `alst export RUN OUT` writes its weights",
                 "make demo-million                 one step on one sample of 1,048,576 tokens",
             ),
         )
     )
+
+
+def _losses_before(metrics: Path, start: Cursor) -> list[float]:
+    """Of the steps that earlier starts of this run have done, and this one will not do again."""
+    rows = read_steps(metrics) if _has_rows(metrics) else []
+    return [row["loss"] for row in rows if row["loss"] is not None and row["step"] <= start.step]
 
 
 def _has_rows(metrics: Path) -> bool:

@@ -106,10 +106,11 @@ def _checked(path: Path, plan: JobPlan, mesh: Mesh) -> tuple[Checkpoint | None, 
 
 def _check_same_data(checkpoint: Checkpoint, plan: JobPlan) -> None:
     record = checkpoint.record
-    if record.packing_key != plan.packing_key:
+    if (record.packing_key, record.held_out) != (plan.packing_key, plan.held_out):
         raise UserError(
-            f"{checkpoint.path} was trained on packed data {record.packing_key}, the plan says {plan.packing_key}: its "
-            "place in the data means nothing there; set data.* as it was, or start a new run"
+            f"{checkpoint.path} was trained on packed data {record.packing_key} with {record.held_out} samples held "
+            f"out, the plan says {plan.packing_key} with {plan.held_out}: its place in the data means nothing there; "
+            "set data.* and evaluation.samples as they were, or start a new run"
         )
 
 

@@ -36,6 +36,11 @@ class StepResult:
     loss: float
     """Mean over the step's valid tokens, in nats."""
     grad_norm: float | None
+    """nan if a gradient is not finite."""
+    update_applied: bool
+    """False if a gradient is not finite; the weights are then as they were."""
+    first_not_finite: tuple[int | None, ...]
+    """By rank, the first micro-batch whose loss is not finite."""
     peak_host_rss_bytes: tuple[int, ...]
     """By rank."""
     peak_device_bytes: int | None
@@ -59,22 +64,17 @@ def run_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     scale = loss_scale(trainee.plan, valid_tokens)
-    loss_sum = torch.zeros((), dtype=torch.float64)
-    grad_norm: float | None = None
+    loss_sums: list[float] = []
+    update = Update(None, applied=False)
     for inputs in micro_batches:
         with timer.phase("forward"):
             loss = engine(**inputs)
-            loss_sum += loss.detach().double().cpu()
+            loss_sums.append(float(loss.detach()))
         with timer.phase("backward"):
             engine.backward(loss * scale)
         with timer.phase("optimizer"):
-            if engine.is_gradient_accumulation_boundary() and trainee.plan.recipe.zero.stage == 0:
-                grad_norm = _plain_grad_norm(engine)
-            engine.step()
-    if grad_norm is None:
-        norm = engine.get_global_grad_norm()
-        grad_norm = None if norm is None else float(norm)
-    return _reduce(loss_sum, grad_norm, valid_tokens, trainee)
+            update = _update(engine, stage=trainee.plan.recipe.zero.stage)
+    return _reduce(loss_sums, update, valid_tokens, trainee)
 
 
 def model_inputs(batch: Batch, trainee: Trainee) -> dict[str, Any]:
@@ -89,24 +89,53 @@ def model_inputs(batch: Batch, trainee: Trainee) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Update:
+    """What became of the gradients of a step."""
+
+    grad_norm: float | None
+    applied: bool
+
+
+def _update(engine: Any, *, stage: int) -> Update:
+    """The engine's step, which between accumulation boundaries only counts.
+
+    With a gradient that is not finite ZeRO 1 to 3 leave the weights alone and give no norm, or that of another step.
+    Stage 0 would take the step.
+    """
+    norm: float | None = None
+    if stage == 0 and engine.is_gradient_accumulation_boundary():
+        norm = _plain_grad_norm(engine)
+        if not math.isfinite(norm):
+            return Update(math.nan, applied=False)
+    engine.step()
+    if not engine.was_step_applied():
+        return Update(math.nan, applied=False)
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return Update(None if norm is None else float(norm), applied=True)
+
+
 def _plain_grad_norm(engine: Any) -> float:
     """Of ZeRO-0, whose optimizer keeps no norm: gradients are whole and already averaged on every rank."""
     squares = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
     return math.sqrt(float(sum(squares)))
 
 
-def _reduce(loss_sum: torch.Tensor, grad_norm: float | None, valid_tokens: int, trainee: Trainee) -> StepResult:
-    """The step's only collective of ours: each rank's loss sum and peaks, to all."""
+def _reduce(loss_sums: list[float], update: Update, valid_tokens: int, trainee: Trainee) -> StepResult:
+    """The step's only collective of ours: each rank's loss sum, where it stopped being finite, and peaks, to all."""
     device_peak = peak_device_bytes()
+    first = next((number for number, loss in enumerate(loss_sums) if not math.isfinite(loss)), -1)
     mine = torch.tensor(
-        [float(loss_sum), peak_host_rss_bytes(), device_peak or 0], dtype=torch.float64, device=trainee.device
+        [sum(loss_sums), first, peak_host_rss_bytes(), device_peak or 0], dtype=torch.float64, device=trainee.device
     )
     all_ranks = [torch.empty_like(mine) for _ in range(trainee.mesh.world_size)]
     dist.all_gather(all_ranks, mine)
     table = torch.stack(all_ranks).cpu()
     return StepResult(
         loss=float(table[:, 0].sum()) / max(valid_tokens, 1),
-        grad_norm=grad_norm,
-        peak_host_rss_bytes=tuple(int(rss) for rss in table[:, 1]),
-        peak_device_bytes=None if device_peak is None else int(table[:, 2].max()),
+        grad_norm=update.grad_norm,
+        update_applied=update.applied,
+        first_not_finite=tuple(None if number < 0 else int(number) for number in table[:, 1]),
+        peak_host_rss_bytes=tuple(int(rss) for rss in table[:, 2]),
+        peak_device_bytes=None if device_peak is None else int(table[:, 3].max()),
     )

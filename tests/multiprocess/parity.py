@@ -166,9 +166,12 @@ def _plain_optimizer(model: Any, plan: JobPlan) -> torch.optim.Optimizer:
     recipe = plan.recipe.optimizer
     if recipe.name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=recipe.lr)
-    return torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
-    )
+    spared = ("norm", "embed", "bias")
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if any(word in name for word in spared) else recipe.weight_decay}
+        for name, p in model.named_parameters()
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
 
 
 def _document_loss(model: Any, batch: Batch, document: slice) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
@@ -78,6 +79,16 @@ def start(case: Case, mesh: Mesh, weights: Path, run_dir: RunDir) -> Job:
     return Job(trainee, Checkpointer(trainee, run_dir, commit="test"), Cursor() if resume is None else resume.cursor)
 
 
+def keep_weights(job: Job, run_dir: RunDir) -> None:
+    """What training goes on with, whole, in weights.pt: an export of the checkpoint must be the same."""
+    whole = {}
+    for name, parameter in job.trainee.engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter) if job.trainee.plan.recipe.zero.stage else parameter.detach()
+        whole[name] = full.to(parameter.dtype).clone()
+    if job.trainee.mesh.rank == 0:
+        torch.save(whole, run_dir.path / "weights.pt")
+
+
 def main(cases_path: str, folder: str, what: str) -> None:
     raw_cases = json.loads(Path(cases_path).read_text())
     cases = [Case(**raw | {"overrides": tuple(raw["overrides"])}) for raw in raw_cases]
@@ -98,6 +109,8 @@ def main(cases_path: str, folder: str, what: str) -> None:
         for phase in ("save", "resume"):
             if what in (phase, "both"):
                 job = start(case, mesh, weights[case.architecture], run_dir)
+                if phase == "resume":
+                    keep_weights(job, run_dir)
                 found[phase] = list(job.train(save_after=SAVED_STEP if phase == "save" else None))
                 job.trainee.engine.destroy()
         losses[case.name] = found

@@ -87,6 +87,15 @@ def test_every_step_is_told_on_the_console_and_the_end_sums_up(demo):
         assert word in demo.printed
 
 
+def test_the_held_out_loss_falls_and_is_told_and_recorded(demo):
+    found = {row["step"]: row["eval_loss"] for row in demo.rows if row["eval_loss"] is not None}
+    assert list(found) == [5, 10, 15, 20]
+    assert found[20] < found[5] - 0.2
+    assert len(re.findall(r"^step .*held-out loss \d", demo.printed, flags=re.M)) == len(found)
+    assert f"{found[5]:.3f} -> {found[20]:.3f}" in demo.printed
+    assert not any(row["loss_spike"] for row in demo.rows)
+
+
 def test_the_run_folder_holds_all_that_is_needed_to_understand_the_run(demo):
     expected = (
         "recipe.yaml",
@@ -123,8 +132,10 @@ def test_mlflow_holds_parameters_metrics_and_artifacts_of_the_run(demo):
     assert run.info.status == "FINISHED"
     assert run.data.params["recipe.data.seq_len"] == "32768"
     assert run.data.params["sp"] == "2"
-    history = client.get_metric_history(run.info.run_id, "loss")
-    assert [point.value for point in sorted(history, key=lambda point: point.step)] == [r["loss"] for r in demo.rows]
+    for name in ("loss", "eval_loss"):
+        history = client.get_metric_history(run.info.run_id, name)
+        points = [point.value for point in sorted(history, key=lambda point: point.step)]
+        assert points == [row[name] for row in demo.rows if row[name] is not None]
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {
         "recipe.yaml",
         "plan.json",

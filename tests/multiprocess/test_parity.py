@@ -44,6 +44,9 @@ def run(cases: list[Case], *, ranks: int, folder: Path) -> dict[str, dict]:
     return json.loads((folder / "results.json").read_text())
 
 
+CLIPPED = ("optimizer.lr=1e-1", "train.grad_clip=0.5")
+"""Gradients of these samples are far longer; without clipping those of the next steps would be others altogether."""
+
 TWO_RANKS = [
     Case(sp=2, engine=False),
     Case(dp=2, engine=False),
@@ -59,6 +62,8 @@ TWO_RANKS = [
     Case(sp=2, stage=3, overrides=("model.dtype=bfloat16",)),
     Case(sp=2, stage=3, overrides=("model.dtype=bfloat16", "optimizer.states_dtype=bfloat16")),
     Case(sp=2, stage=3, accumulation=3, no_labels=True),
+    *(Case(sp=2, stage=stage, steps=3, overrides=CLIPPED) for stage in range(4)),
+    Case(dp=2, stage=2, accumulation=2, steps=3, overrides=CLIPPED),
     Case(sp=2, engine=False, no_labels=True),
 ]
 ARCHITECTURES_AT_SP_2 = [

@@ -2,11 +2,15 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from pipeline.plan.run_dir import RunDir
+from pipeline.train.export import export
 from tests.multiprocess.case import Case
 from tests.multiprocess.ranks import run_ranks
 from tests.multiprocess.resume import SAVED_STEP, STEPS
@@ -43,8 +47,13 @@ ON_HOST = [Case(sp=2, stage=stage, overrides=(ADAM, "zero.offload_optimizer=cpu"
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> dict[str, dict[str, list[float]]]:
-    return run(SAME_RANKS, "both", ranks=2, folder=tmp_path_factory.mktemp("resume2-"))
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("resume2-")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder) -> dict[str, dict[str, list[float]]]:
+    return run(SAME_RANKS, "both", ranks=2, folder=folder)
 
 
 def check_equal(losses: dict[str, list[float]]) -> None:
@@ -58,6 +67,16 @@ def test_on_the_same_ranks_losses_are_the_same_bit_for_bit(two_ranks, case):
     check_equal(two_ranks[case.name])
 
 
+@pytest.mark.parametrize("case", SAME_RANKS, ids=lambda case: case.name)
+def test_an_export_holds_the_weights_that_training_goes_on_with(two_ranks, folder, case, tmp_path):
+    run_dir = RunDir(folder / f"run{SAME_RANKS.index(case)}")
+    trained = torch.load(run_dir.path / "weights.pt")
+    export(run_dir, tmp_path / "out", step=SAVED_STEP)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {name: p.dtype for name, p in loaded.named_parameters()} == {name: p.dtype for name, p in trained.items()}
+    assert [name for name, p in loaded.named_parameters() if not torch.equal(p, trained[name])] == []
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU Adam at first use, with g++")
 def test_with_adam_on_the_host_too(tmp_path):
     losses = run(ON_HOST, "both", ranks=2, folder=tmp_path)
@@ -65,20 +84,23 @@ def test_with_adam_on_the_host_too(tmp_path):
         check_equal(losses[case.name])
 
 
-SAVED = [Case(sp=2, stage=stage, accumulation=2, overrides=(ADAM,)) for stage in range(4)]
+SAVED = [
+    *(Case(sp=2, stage=stage, accumulation=2, overrides=(ADAM,)) for stage in range(4)),
+    *(Case(sp=2, stage=stage, accumulation=2, overrides=(ADAM, BFLOAT16)) for stage in (1, 3)),
+]
 """Two samples a step, whatever the mesh that goes on."""
 OTHERS = {
-    "one rank": [Case(stage=case.stage, accumulation=2, overrides=(ADAM,)) for case in SAVED],
-    "dp instead of sp": [Case(dp=2, stage=case.stage, overrides=(ADAM,)) for case in SAVED],
-    "twice the ranks": [Case(sp=2, dp=2, stage=case.stage, overrides=(ADAM,)) for case in SAVED],
-    "another stage": [Case(sp=2, accumulation=2, stage=stage, overrides=(ADAM,)) for stage in (0, 2, 1, 3)],
+    "one rank": [replace(case, sp=1) for case in SAVED],
+    "dp instead of sp": [replace(case, sp=1, dp=2, accumulation=1) for case in SAVED],
+    "twice the ranks": [replace(case, dp=2, accumulation=1) for case in SAVED],
+    "another stage": [replace(case, stage=stage) for case, stage in zip(SAVED, (0, 2, 1, 3), strict=False)],
 }
 SEQ_LEN = "data.seq_len=122"
 
 
 def with_length(case: Case) -> Case:
     """Every mesh sees the same samples: of one length."""
-    return Case(**asdict(case) | {"overrides": (*case.overrides, SEQ_LEN)})
+    return replace(case, overrides=(*case.overrides, SEQ_LEN))
 
 
 @pytest.mark.parametrize("how", OTHERS)
@@ -87,8 +109,9 @@ def test_on_other_ranks_losses_are_the_same_within_rounding(saved, how, tmp_path
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     cases = [with_length(case) for case in OTHERS[how]]
     after = run(cases, "resume", ranks=cases[0].ranks, folder=tmp_path)
-    for case, losses in zip(cases, before.values(), strict=True):
-        assert after[case.name]["resume"] == pytest.approx(losses["save"][SAVED_STEP:], rel=2e-5), case.name
+    for case, losses in zip(cases, before.values(), strict=False):
+        rounding = 1e-2 if BFLOAT16 in case.overrides else 2e-5
+        assert after[case.name]["resume"] == pytest.approx(losses["save"][SAVED_STEP:], rel=rounding), case.name
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import IGNORE_INDEX, Batch, batch_of
-from pipeline.data.loader import PackedLoader, place_at
+from pipeline.data.loader import PackedLoader, held_out_samples, place_at
 from pipeline.data.packed_dataset import PackedDataset
+from pipeline.errors import DataError
 from tests.unit.data_support import packed
 
 SEQ_LEN = 16
@@ -172,6 +173,37 @@ def test_epochs_have_different_orders_and_ranks_the_same(dataset: PackedDataset)
     assert orders[0] != [place_at(position, samples=count, seed=6).sample for position in range(count)]
     again = [step.samples[0] for step in loader_of(dataset, seed=5, sp=4, sp_rank=3)]
     assert again == orders[0]
+
+
+@pytest.mark.parametrize("held_out", [1, 3])
+def test_held_out_samples_are_never_trained_on_and_all_others_once_per_epoch(
+    dataset: PackedDataset, held_out: int
+) -> None:
+    aside = set(held_out_samples(dataset.samples, seed=5, held_out=held_out).tolist())
+    rest = set(range(dataset.samples)) - aside
+    loader = loader_of(dataset, seed=5, steps=3 * len(rest), held_out=held_out)
+    seen = [step.samples[0] for step in loader]
+    assert len(aside) == held_out
+    for epoch in range(3):
+        assert sorted(seen[epoch * len(rest) : (epoch + 1) * len(rest)]) == sorted(rest)
+    assert [loader.step(len(rest) - 1).epoch, loader.step(len(rest)).epoch] == [0, 1]
+
+
+def test_holding_out_changes_nothing_in_the_first_epoch(dataset: PackedDataset) -> None:
+    steps = dataset.samples - 3
+    whole = [step.samples for step in loader_of(dataset, steps=steps)]
+    assert [step.samples for step in loader_of(dataset, steps=steps, held_out=3)] == whole
+
+
+def test_what_is_held_out_follows_from_the_seed(dataset: PackedDataset) -> None:
+    chosen = {tuple(held_out_samples(dataset.samples, seed=seed, held_out=3).tolist()) for seed in range(20)}
+    assert len(chosen) > 15
+
+
+def test_holding_out_every_sample_is_refused(dataset: PackedDataset) -> None:
+    count = dataset.samples
+    with pytest.raises(DataError, match=rf"evaluation.samples = {count}: .* has {count}, .* hold out fewer"):
+        held_out_samples(count, seed=0, held_out=count)
 
 
 def test_a_step_can_be_read_without_those_before_it(dataset: PackedDataset) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.documents import documents as documents_of
+from pipeline.data.source_documents import documents as documents_of
 from pipeline.data.sources import fingerprint, resolve_source_path, units
 from pipeline.errors import DataError
 from pipeline.recipe.schema import JsonlSource, Source, TextSource

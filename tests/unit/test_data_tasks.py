@@ -24,9 +24,10 @@ from pipeline.data.direct_file import PAGE, DirectFile, aligned_tokens
 from pipeline.data.job import Task
 from pipeline.data.lock import shared_by_job
 from pipeline.data.loss_runs import whole
-from pipeline.data.order import LikeCosts, epoch_order
+from pipeline.data.order import LikeCosts, by_cost
 from pipeline.data.pack import pack, task_of
 from pipeline.data.packed_dataset import SLICE_TOKENS, PackedDataset, SampleContent, write_part
+from pipeline.data.packing import seeded_order
 from pipeline.errors import DataError
 from pipeline.recipe.schema import JsonlSource, LengthWeight, Recipe
 from tests.unit.data_support import (
@@ -446,7 +447,8 @@ def test_by_cost_every_sample_comes_once_and_whole_steps_are_neighbours(
     samples: int, per_step: int, epoch: int, seed: int
 ) -> None:
     costs = np.random.default_rng(seed).permutation(samples)
-    order = epoch_order(samples, seed=seed, epoch=epoch, like_costs=LikeCosts(costs, per_step))
+    shuffled = seeded_order(samples, seed=seed, stream=epoch)
+    order = by_cost(shuffled, LikeCosts(costs, per_step), seed=seed, epoch=epoch)
     assert sorted(order.tolist()) == list(range(samples))
     first = -epoch * samples % per_step
     steps = [order[at : at + per_step] for at in range(first, samples - per_step + 1, per_step)]
@@ -463,7 +465,7 @@ def test_by_cost_makes_steps_even_and_epochs_differ() -> None:
         steps = like.costs[order].reshape(-1, 8)
         return float(steps.mean() / steps.max(axis=1).mean())
 
-    random = epoch_order(800, seed=0, epoch=0)
-    by_cost = [epoch_order(800, seed=0, epoch=epoch, like_costs=like) for epoch in range(2)]
-    assert efficiency(random) < 0.5 < 0.85 < efficiency(by_cost[0])
-    assert by_cost[0].tolist() != by_cost[1].tolist()
+    random = seeded_order(800, seed=0)
+    evened = [by_cost(random, like, seed=0, epoch=epoch) for epoch in range(2)]
+    assert efficiency(random) < 0.5 < 0.85 < efficiency(evened[0])
+    assert evened[0].tolist() != evened[1].tolist()

@@ -22,6 +22,9 @@ def make_record(**changes) -> StepRecord:
         "peak_device_bytes": None,
         "peak_host_rss_bytes": round(1.31 * 2**30),
         "eta_seconds": 72.2,
+        "loss_spike": False,
+        "eval_loss": None,
+        "eval_seconds": None,
     }
     return StepRecord(**(values | changes))
 
@@ -51,6 +54,12 @@ def test_line_survives_what_is_unknown_or_not_finite():
     line = step_line(make_record(loss=float("nan"), grad_norm=None, eta_seconds=None), 30)
     assert "nan" in line
     assert line.endswith("ETA -")
+
+
+def test_what_only_some_steps_have_stands_behind_the_columns():
+    plain = step_line(make_record(), 30)
+    told = step_line(make_record(eval_loss=7.5124, eval_seconds=3.21, loss_spike=True), 30)
+    assert told == plain + "  held-out loss 7.512 in 3.2 s  LOSS SPIKE"
 
 
 def test_a_pipe_gets_plain_whole_lines_and_no_bar(monkeypatch):
@@ -114,6 +123,17 @@ def test_summary_takes_median_speed_without_the_first_step_and_the_largest_peak(
     print_summary(summary, stream=stream)
     for text in ("1,234 (98.8% filled)", "10.000 -> 7.500", "3,000", "4.00 GiB", str(tmp_path), "make mlflow"):
         assert text in stream.getvalue()
+
+
+def test_summary_tells_the_first_and_the_last_held_out_loss(tmp_path):
+    found = [None, 8.25, None, 7.125]
+    rows = [{"step": i, "loss": 9.0, "eval_loss": loss} for i, loss in enumerate(found, start=1)]
+    costs = {"tokens_per_second": 1000, "peak_host_rss_bytes": 1}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row | costs) + "\n" for row in rows))
+    stream = io.StringIO()
+    print_summary(summarize(tmp_path, samples=1, fill_fraction=1.0), stream=stream)
+    (line,) = [line for line in stream.getvalue().splitlines() if "held-out loss" in line]
+    assert line.endswith("8.250 -> 7.125")
 
 
 def test_summary_of_one_step_and_of_none(tmp_path):

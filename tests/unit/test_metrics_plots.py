@@ -31,7 +31,15 @@ def png_size(path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("count", "changes"), [(30, {}), (1, {}), (200, {"peak_device_bytes": 70 << 30}), (3, {"loss": None}), (0, {})]
+    ("count", "changes"),
+    [
+        (30, {}),
+        (1, {}),
+        (200, {"peak_device_bytes": 70 << 30}),
+        (3, {"loss": None}),
+        (0, {}),
+        (20, {"eval_loss": 5.0, "loss_spike": True}),
+    ],
 )
 def test_plot_is_a_png_for_any_number_of_steps(tmp_path, count, changes, recwarn):
     run_dir = tmp_path / "tiny-run"
@@ -43,10 +51,19 @@ def test_plot_is_a_png_for_any_number_of_steps(tmp_path, count, changes, recwarn
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_plot_shows_the_numbers(tmp_path):
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"loss": 3.0}, {"loss": 5.0}),
+        ({}, {"eval_loss": 5.0}),
+        ({"eval_loss": 5.0}, {"eval_loss": 6.0}),
+        ({}, {"loss_spike": True}),
+    ],
+)
+def test_plot_shows_the_numbers(tmp_path, one, other):
     pictures = []
-    for loss in (3.0, 5.0):
-        write_rows(tmp_path / "metrics.jsonl", 4, loss=loss)
+    for changes in (one, other):
+        write_rows(tmp_path / "metrics.jsonl", 4, **changes)
         plot_training(tmp_path / "metrics.jsonl", tmp_path / "training.png", title="same")
         pictures.append((tmp_path / "training.png").read_bytes())
     assert pictures[0] != pictures[1]

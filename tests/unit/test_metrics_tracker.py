@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +119,20 @@ def test_a_step_done_again_after_a_restart_counts_once(tmp_path):
     assert [(row["step"], row["loss"]) for row in read_steps(path)] == [(1, 6.0), (2, 4.5), (3, 4.0)]
 
 
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path, warnings):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path, warn=warnings.append)
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        file, writer._file = writer._file, full
+        for step in (1, 2):
+            writer.write(make_record(step))
+        assert len(warnings) == 1 and "No space left" in warnings[0]
+    writer._file = file  # there is room again
+    writer.write(make_record(3))
+    writer.close()
+    assert [row["step"] for row in read_steps(path)] == [1, 2, 3]
+
+
 def test_a_loss_that_is_not_finite_stays_valid_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonlWriter(path).write(make_record(1, loss=float("nan"), grad_norm=float("inf")))
@@ -172,11 +187,11 @@ def test_unknown_values_are_not_logged_as_metrics(run_dir, client, warnings):
 
 
 def test_a_restart_appends_to_the_same_run(run_dir, client, warnings):
-    for start, ranks in ((1, 2), (3, 4)):
+    for start, ranks in ((1, 2), (2, 4)):  # step 2 is done again: it was not in the last checkpoint
         tracker = open_tracker(run_dir, experiment="restart", warn=warnings.append)
         assert client.get_run(tracker.mlflow_run_id).info.status == "RUNNING"
         tracker.log_start({"ranks": ranks, "name": "r"}, tags={})
-        for step in (start, start + 1):
+        for step in range(start, start + 3):
             tracker.log_step(make_record(step))
         tracker.finish("KILLED" if start == 1 else "FINISHED")
     runs_of_experiment = client.search_runs([client.get_experiment_by_name("restart").experiment_id])
@@ -184,6 +199,19 @@ def test_a_restart_appends_to_the_same_run(run_dir, client, warnings):
     assert [m.step for m in client.get_metric_history(tracker.mlflow_run_id, "loss")] == [1, 2, 3, 4]
     assert runs_of_experiment[0].data.params["ranks"] == "2"  # parameters cannot change in MLflow
     assert runs_of_experiment[0].data.tags["parameters_changed"] == "ranks: 2 -> 4"
+    assert warnings == []
+
+
+def test_a_checkpoint_is_an_artifact_and_its_numbers_are_metrics(run_dir, client, warnings):
+    tracker = open_tracker(run_dir, experiment="checkpoints", warn=warnings.append)
+    told = {"path": "/runs/x/checkpoints/step-000004", "bytes": 2048, "stall_seconds": 0.25, "sha256": "ab"}
+    tracker.log_checkpoint("step-000004", 4, told)
+    tracker.finish("FINISHED")
+    run = client.get_run(tracker.mlflow_run_id)
+    assert run.data.metrics == {"checkpoint_bytes": 2048.0, "checkpoint_stall_seconds": 0.25}
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "checkpoints")] == [
+        "checkpoints/step-000004.json"
+    ]
     assert warnings == []
 
 
