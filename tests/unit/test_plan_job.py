@@ -438,6 +438,10 @@ def test_a_plan_whose_numbers_were_changed_by_hand_is_refused(tmp_path):
         "data.tokenizer.vocab_size=4096",
         "data.tokenizer.sample_mib=8",
         "data.tokenizer=some/tokenizer",
+        "data.separator=x",
+        "data.sources.0.weight=2",
+        "data.packing.unfilled_last=drop",
+        "data.packing.length_weights=[{to_tokens: 100, weight: 0.5}]",
     ],
 )
 def test_what_changes_the_packed_bytes_changes_their_name(override):
@@ -460,6 +464,9 @@ def test_what_changes_the_packed_bytes_changes_their_name(override):
         "model.dtype=bfloat16",
         "tracking.mlflow=false",
         "data.cross_document_attention=true",
+        "data.order=by_cost",
+        "data.prefetch=4",
+        "data.verify_checksums=false",
     ],
 )
 def test_what_does_not_change_the_packed_bytes_keeps_their_name(override):
