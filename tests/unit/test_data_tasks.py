@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import lock, sources, write
 from pipeline.data.amounts import copies_of
+from pipeline.data.batch import batch_of
 from pipeline.data.direct_file import PAGE, DirectFile, aligned_tokens
 from pipeline.data.job import Task
 from pipeline.data.lock import shared_by_job
@@ -387,25 +388,45 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
+@pytest.fixture(scope="module")
+def long_sample(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
+    """One sample, whose eighths are shards of 40,960 tokens and one."""
+    folder, tokens = tmp_path_factory.mktemp("long"), np.arange(8 * 40_961) % 5000
+    (folder / "a.jsonl").write_text(f'{{"ids": {tokens.tolist()}}}\n')
+    source = {"type": "jsonl", "path": str(folder / "a.jsonl"), "columns": {"input_ids": "ids"}}
+    pack(recipe_of([JsonlSource.model_validate(source)], tokenizer=None, seq_len=len(tokens)), folder / "out")
+    return PackedDataset.open(folder / "out")
+
+
 @pytest.mark.parametrize("sp", [1, 2, 4, 8])
 def test_a_verified_shard_reads_at_most_five_percent_more_than_its_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sp: int
+    long_sample: PackedDataset, monkeypatch: pytest.MonkeyPatch, sp: int
 ) -> None:
-    from pipeline.data.batch import batch_of
-
-    seq_len = 8 * 40 * SLICE_TOKENS + 8
-    tokens = np.arange(seq_len, dtype=np.int64) % 5000
-    (tmp_path / "a.jsonl").write_text(f'{{"ids": {tokens.tolist()}}}\n')
-    source = JsonlSource.model_validate(
-        {"type": "jsonl", "path": str(tmp_path / "a.jsonl"), "columns": {"input_ids": "ids"}}
-    )
-    pack(recipe_of([source], tokenizer=None, seq_len=seq_len), tmp_path / "out")
-    dataset = PackedDataset.open(tmp_path / "out")
     asked = bytes_read(monkeypatch)
     for rank in range(sp):
         asked.clear()
-        batch_of(dataset, 0, sp_rank=rank, sp=sp)
-        assert sum(asked) <= 1.05 * 4 * seq_len / sp
+        batch_of(long_sample, 0, sp_rank=rank, sp=sp)
+        assert sum(asked) <= 1.05 * 4 * long_sample.seq_len / sp
+
+
+def disk_bytes() -> int:
+    """That this process has had read from disks."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+@pytest.mark.parametrize("rank", [0, 3, 7])
+def test_a_shard_read_cold_has_the_disk_read_at_most_five_percent_more(long_sample: PackedDataset, rank: int) -> None:
+    batch_of(long_sample, 0, sp_rank=rank, sp=8)  # the checksums, a page of another file, are in memory from now on
+    part = os.open(long_sample.folder / long_sample.manifest.parts[0].name, os.O_RDONLY)
+    os.fsync(part)
+    os.posix_fadvise(part, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(part)
+    before = disk_bytes()
+    batch_of(long_sample, 0, sp_rank=rank, sp=8)
+    if (read := disk_bytes() - before) == 0:
+        pytest.skip("this file system keeps everything in memory")
+    assert 4 * 40_961 <= read <= 1.05 * 4 * 40_961
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
