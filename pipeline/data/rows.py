@@ -9,10 +9,10 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,16 +25,15 @@ from pipeline.errors import DataError
 PARQUET_ROWS = 256  # decoded at a time
 
 
-@dataclass(frozen=True)
-class Row:
-    """The columns of one row; lists of integers may be numpy arrays."""
+class Row(NamedTuple):
+    """The columns of one row; lists of integers may be numpy arrays. A tuple: there are millions of them."""
 
     name: str
     """`file:row`, rows from 1; where a file is divided `file@byte:row`, rows from that byte on."""
     where: str
     """For messages: the whole path."""
     values: dict[str, Any]
-    stored_at: dict[str, int] = field(default_factory=dict)
+    stored_at: dict[str, int]
     """Of columns whose integers lie in the file as they are: the byte at which they begin."""
 
 
@@ -68,7 +67,7 @@ def _json_rows(file: SourceFile, unit: Unit, columns: Sequence[str]) -> Iterator
             at, number = at + len(line), number + 1
             if line.strip():
                 where = f"{file.path}{place} line {number}"
-                yield Row(f"{name}:{number}", where, _json_values(line, where=where, columns=columns))
+                yield Row(f"{name}:{number}", where, _json_values(line, where=where, columns=columns), {})
 
 
 @contextmanager

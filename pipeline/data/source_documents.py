@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,8 @@ class RawDocument:
     """Characters `[start, stop)` whose tokens count in the loss; None is all."""
 
 
-@dataclass(frozen=True, eq=False)
-class TokenizedDocument:
-    """Token ids as a source holds them."""
+class TokenizedDocument(NamedTuple):
+    """Token ids as a source holds them. A tuple: there are millions of them."""
 
     name: str
     input_ids: NDArray[Any]
