@@ -93,8 +93,9 @@ def pack(
                 complete = step(job, task)
             return complete
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise DataError(
-            f"cannot write the packed data set {output}: {error.strerror or error} ({error.filename}); "
+            f"cannot write the packed data set {output}: {error.strerror or error}{where}; "
             "choose another --output, or make room and give yourself write permission there"
         ) from error
 
