@@ -161,19 +161,17 @@ def write_part(path: Path, *, samples: Iterable[SampleContent]) -> WrittenPart:
 
     The arrays of a sample must stay as they are until the one after the next is asked for.
     """
-    checksums: list[list[int]] = []
     with replaced(path) as temporary, DirectFile(temporary) as file, ThreadPoolExecutor(1) as thread:
         stream = _PartStream(file)
         writing: Future[None] | None = None
         for sample in samples:
-            checksums.append(slice_checksums(sample.input_ids))
             if writing:
                 writing.result()
             writing = thread.submit(stream.append, sample)
         if writing:
             writing.result()
         stream.close()
-    return WrittenPart(stream.index(), np.array(checksums, np.uint64), stream.frame_checksum)
+    return WrittenPart(stream.index(), np.array(stream.checksums, np.uint64), stream.frame_checksum)
 
 
 class _Sink:
@@ -208,12 +206,14 @@ class _PartStream:
     def __init__(self, file: DirectFile) -> None:
         self._sink = _Sink(file)
         self._stream = pa.ipc.new_stream(pa.PythonFile(self._sink, mode="w"), PART_SCHEMA)
+        self.checksums: list[list[int]] = []
         self._rows: list[dict[str, int]] = []
         self._cu_seqlens: list[NDArray[np.int32]] = []
         self._loss_runs: list[Runs] = []
 
     def append(self, sample: SampleContent) -> None:
         """Writes a sample."""
+        self.checksums.append(slice_checksums(sample.input_ids))
         row = _row(sample)
         batch = _record_batch(sample, row=row)
         payload = batch.column(len(PART_SCHEMA) - 1).values.buffers()[1]

@@ -164,7 +164,9 @@ class _PartWriter:
         self.tokens += len(ids)
         if not len(ids):
             return
-        largest = int(ids.view(f"u{ids.itemsize}").max())  # a negative id is a huge one: half the time of two looks
+        largest = int(
+            np.maximum.reduce(ids.view(f"u{ids.itemsize}"))
+        )  # a negative id is a huge one: half the time of two looks
         if largest >= min(self._limit or IDS, IDS):
             wrong = int(ids.min()) if int(ids.min()) < 0 else largest
             rule = "is no token" if wrong < 0 or wrong >= IDS else f"is outside the vocabulary of {self._limit}"

@@ -3,6 +3,7 @@
 Between packing and packed_dataset in the data path: PackingPlan, token parts -> part files.
 """
 
+import resource
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,14 +87,17 @@ def _save_checksums(written: WrittenPart, path: Path) -> None:
 def _contents(plan: PackingPlan, *, reader: TokenReader, part: PlannedPart) -> Iterator[SampleContent]:
     """The samples of a part; one is written while the next is read, so two are in memory."""
     buffers = [aligned_tokens(plan.seq_len) for _ in range(2)]
+    cold = True
     for sample in range(part.first, part.stop):
-        if sample + 1 < part.stop:
+        before = _blocks_read()
+        if cold and sample + 1 < part.stop:
             document, start, stop = plan.pieces(sample + 1)
             reader.prefetch(document=document, start=start, stop=stop)
         document, start, stop = plan.pieces(sample)
         ends = np.cumsum(stop - start)
         input_ids = buffers[sample % 2]
         reader.read_into(input_ids, document=document, start=start, ends=ends)
+        cold = _blocks_read() > before
         input_ids[ends[-1] :] = 0
         if reader.every_token_counts(document):
             runs = whole(int(ends[-1]))
@@ -102,6 +106,11 @@ def _contents(plan: PackingPlan, *, reader: TokenReader, part: PlannedPart) -> I
             found = [reader.loss_runs(row, start=first, stop=last) for row, first, last in pieces]
             runs = joined(found, offsets=ends - (stop - start))
         yield SampleContent(input_ids, np.concatenate([[0], ends]).astype(np.int32), document, runs)
+
+
+def _blocks_read() -> int:
+    """That this thread had to be read from a disk; where there are none, asking ahead only costs."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
 def finished_part(job: PackJob, part: PlannedPart) -> PartFile | None:
