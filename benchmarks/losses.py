@@ -95,9 +95,10 @@ def main() -> None:
         name, dtype = asked.one
         print(json.dumps(measure(LOSSES[name], getattr(torch, dtype))))
         return
+    measured_at = conditions()
     rows = [{"loss": name, "dtype": dtype, **in_its_own_process(name, dtype)} for dtype in DTYPES for name in LOSSES]
     devices = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    devices[DEVICE] = {"conditions": conditions(), "rows": rows}
+    devices[DEVICE] = {"conditions": measured_at, "rows": rows}
     RESULTS.write_text(json.dumps(devices, indent=1) + "\n")
     print(f"wrote {RESULTS}")
 
