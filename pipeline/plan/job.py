@@ -183,8 +183,23 @@ def _loss_tile_tokens(recipe: Recipe, shape: ModelShape, local_seq_len: int) -> 
     feature = recipe.memory.tiled_loss
     if feature is None:
         return local_seq_len
+    if feature.kernel == "liger":
+        return _liger_tile_tokens(feature.tile_tokens, shape, local_seq_len)
     automatic = max(1, LOGITS_TILE_BYTES // (4 * shape.vocab_size))
     return min(automatic if feature.tile_tokens == "auto" else feature.tile_tokens, local_seq_len)
+
+
+def _liger_tile_tokens(asked: int | str, shape: ModelShape, local_seq_len: int) -> int:
+    """What Liger takes, whatever is asked: a power of two near the tokens whose logits are as large as all hidden
+    states (liger-kernel 0.8, ops/fused_linear_cross_entropy.py)."""
+    fitting = ceil(local_seq_len / ceil(shape.vocab_size / shape.hidden_size))
+    tile_tokens = min(1 << (fitting - 1).bit_length(), local_seq_len)
+    if asked not in ("auto", tile_tokens):
+        raise RecipeError(
+            f"memory.tiled_loss.tile_tokens = {asked}: must be {tile_tokens}, as kernel liger chooses it; "
+            "set memory.tiled_loss.tile_tokens: auto"
+        )
+    return tile_tokens
 
 
 def _mlp_tile_tokens(recipe: Recipe, local_seq_len: int) -> int:

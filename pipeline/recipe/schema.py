@@ -241,6 +241,8 @@ class TiledLoss(Section):
     """Logits and loss a tile of tokens at a time (ALST §3.1)."""
 
     tile_tokens: Count | Auto
+    kernel: Literal["own", "liger"]
+    """What computes a tile: this project, or Liger's fused linear cross-entropy, which chooses its own tiles."""
 
 
 class TiledMLP(Section):
@@ -391,6 +393,16 @@ class Recipe(Section):
     evaluation: EvaluationRecipe | None
     tracking: TrackingRecipe
     hardware: HardwareRecipe
+
+    @model_validator(mode="after")
+    def _liger_needs_a_gpu(self) -> "Recipe":
+        loss = self.memory.tiled_loss
+        if loss is not None and loss.kernel == "liger" and self.hardware.gpu is Gpu.CPU:
+            raise ValueError(
+                "memory.tiled_loss.kernel liger needs a CUDA GPU, and hardware.gpu is cpu; "
+                "set memory.tiled_loss.kernel: own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _narrow_states_need_a_narrow_model(self) -> "Recipe":
