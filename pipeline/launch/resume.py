@@ -9,6 +9,9 @@ from pipeline.plan.job import JobPlan, plan_job, read_plan
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.load import load
 
+OF_THE_MOMENTS = ("optimizer.name", "optimizer.states_dtype", "optimizer.weight_decay_on")
+"""What decides which moments there are, and how they are grouped. Rates and decay may change."""
+
 
 def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
     """The plan to go on with. Raises UserError if the folder holds no run, or if another model or data is asked for."""
@@ -27,7 +30,16 @@ def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
             f"{run_dir.path}: its place in the data means nothing in other samples; leave data.* and "
             "evaluation.samples as they were (data.cross_document_attention may change), or start a new run"
         )
+    if changed := [name for name in OF_THE_MOMENTS if _value(plan, name) != _value(before, name)]:
+        raise UserError(
+            f"{run_dir.path}: its moments are of another optimizer; leave {', '.join(changed)} as it was, or export "
+            "the weights and start a new run"
+        )
     return plan
+
+
+def _value(plan: JobPlan, name: str) -> object:
+    return getattr(plan.recipe.optimizer, name.removeprefix("optimizer."))
 
 
 def check_unfinished(plan: JobPlan, run_dir: RunDir) -> None:

@@ -171,6 +171,16 @@ def test_other_samples_are_refused(run_dir, override):
         resumed_plan(run_dir, [override])
 
 
+@pytest.mark.parametrize("override", ["optimizer.name=sgd", "optimizer.weight_decay_on=all"])
+def test_another_optimizer_is_refused(run_dir, override):
+    with pytest.raises(UserError, match="of another optimizer"):
+        resumed_plan(run_dir, [override])
+
+
+def test_rates_and_decay_may_change(run_dir):
+    assert resumed_plan(run_dir, ["optimizer.lr=1e-4", "optimizer.weight_decay=0.5"]).recipe.optimizer.lr == 1e-4
+
+
 def test_a_run_that_is_done_is_not_started_again(run_dir):
     plan = read_plan(run_dir.plan)
     check_unfinished(plan, run_dir)
