@@ -66,6 +66,16 @@ class JobPlan:
         return recipe.samples if recipe is not None and recipe.packed is None else 0
 
     @property
+    def sample_order(self) -> str:
+        """Names the order in which training sees the samples of a packed data set: positions mean the same in it."""
+        data = self.recipe.data
+        told = f"{data.order}, {self.held_out} held out"
+        if data.order == "by_cost":
+            costs = "samples" if data.cross_document_attention else "documents"
+            told += f", {self.samples_per_step} a step, by cost of {costs}"
+        return told
+
+    @property
     def packing_key(self) -> str:
         """Names the packed data set: equal for recipes that ask for the same bytes."""
         data = self.recipe.data.model_dump(mode="json", exclude=set(READING_KEYS))

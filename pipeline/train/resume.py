@@ -125,11 +125,11 @@ def _checked(path: Path, plan: JobPlan, mesh: Mesh) -> tuple[Checkpoint | None, 
 
 def _check_same_data(checkpoint: Checkpoint, plan: JobPlan) -> None:
     record = checkpoint.record
-    if (record.packing_key, record.held_out) != (plan.packing_key, plan.held_out):
+    if (record.packing_key, record.sample_order) != (plan.packing_key, plan.sample_order):
         raise UserError(
-            f"{checkpoint.path} was trained on packed data {record.packing_key} with {record.held_out} samples held "
-            f"out, the plan says {plan.packing_key} with {plan.held_out}: its place in the data means nothing there; "
-            "set data.* and evaluation.samples as they were, or start a new run"
+            f"{checkpoint.path} was trained on packed data {record.packing_key} ({record.sample_order}), the plan says "
+            f"{plan.packing_key} ({plan.sample_order}): its place in the data means nothing there; set data.* and "
+            "evaluation.samples as they were, or start a new run"
         )
 
 
