@@ -23,12 +23,13 @@ def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
     plan = plan_job(recipe, shape=before.model if same_model else None)
     if plan.model != before.model:
         raise UserError(
-            f"{run_dir.path}: its checkpoints are of another model; leave model.* as it was: start a new run"
+            f"{run_dir.path}: its checkpoints are of another model; leave model.* as it was, or start a new run"
         )
     if (plan.packing_key, plan.sample_order) != (before.packing_key, before.sample_order):
         raise UserError(
             f"{run_dir.path}: its place in the data means nothing in other samples or another order "
-            f"({plan.sample_order}; before: {before.sample_order}); leave data.* and evaluation.samples as they were, or start a new run"
+            f"({plan.sample_order}; before: {before.sample_order}); leave data.* and "
+            "evaluation.samples as they were, or start a new run"
         )
     if changed := [name for name in OF_THE_MOMENTS if _value(plan, name) != _value(before, name)]:
         raise UserError(
