@@ -29,7 +29,7 @@ from pipeline.launch.snapshot import commit
 from pipeline.metrics.tracker import read_steps
 from pipeline.model.build import build_model
 from pipeline.plan.job import JobPlan, plan_job
-from pipeline.plan.run_dir import packed_dir
+from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.load import load
 from pipeline.train.schedule import learning_rate
 
@@ -57,7 +57,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "pipeline.cli", "train", "tiny", *overrides], check=True)
         (run,) = Path(folder).glob("tiny-*")
         ours = [row["loss"] for row in read_steps(run / "metrics.jsonl")]
-        plain = plain_losses(plan, PackedDataset.open(packed_dir(plan)), weights)
+        plain = plain_losses(plan, PackedDataset.open(RunDir(run).packed(plan)), weights)
     write(plan, plain, ours)
 
 

@@ -33,6 +33,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides of the recipe, e.g. train.steps=50 memory.tiled_mlp=null")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under ./runs.")]
+PackStage = Literal["tokenize", "plan", "write", "finish", "all"]
+TaskOption = Annotated[str, typer.Option(metavar="I/N", help="Task I of N, from 0, of stage tokenize or write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
 
@@ -71,24 +73,42 @@ def pack(
     recipe: RecipeArgument,
     output: Annotated[Path, typer.Option(help="Folder of the packed data set.")],
     overrides: Overrides = None,
+    stage: Annotated[PackStage, typer.Option(help="One stage alone; tokenize and write can be divided.")] = "all",
+    task: TaskOption = "0/1",
     as_json: JsonOption = False,
 ) -> None:
     """Tokenize the recipe's sources and pack them into samples of data.seq_len tokens."""
-    from pipeline.data.console import console_progress
-    from pipeline.data.pack import pack as pack_documents
+    from pipeline.launch.entry import run_pack
 
     job = _plan(recipe, overrides)
-    with console_progress() as progress:
-        pack_documents(job.recipe, output, progress=progress)
-    inspect(output, as_json=as_json)
+    if run_pack(job, output, stage=stage, task=task):
+        inspect(output, as_json=as_json)
+    elif as_json:
+        typer.echo(json.dumps({"stage": stage, "task": task, "complete": False}, indent=2))
+    else:
+        typer.echo(f"{stage} {task} is done; {output} is not complete yet")
 
 
 @app.command()
-def inspect(directory: Annotated[Path, typer.Argument(help="A packed data set.")], as_json: JsonOption = False) -> None:
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A packed data set.")],
+    as_json: JsonOption = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot lengths, fill and cost.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Show how each document of this sample begins.")] = None,
+    verify: Annotated[bool, typer.Option(help="Read everything and check it.")] = True,
+) -> None:
     """Look at a packed data set: lengths, fill, cuts, cost, checksums."""
-    from pipeline.data.inspect import describe, print_description
+    from pipeline.data.inspect import beginnings, describe, print_beginnings, print_description
 
-    description = describe(directory)
+    if sample is not None:
+        found = beginnings(directory, sample=sample)
+        typer.echo(json.dumps(found, indent=2)) if as_json else print_beginnings(found)
+        return
+    if plot is not None:
+        from pipeline.data.plots import plot_packed
+
+        plot_packed(directory, plot)
+    description = describe(directory, verify=verify)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:
@@ -213,14 +233,18 @@ def cancel(run_folder: RunArgument) -> None:
 def run(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN.json", help="The plan in a run folder.")],
     stage: Annotated[
-        Literal["pack", "train", "check"],
-        typer.Option(help="`train` is one rank: RANK, WORLD_SIZE and MASTER_ADDR, or Slurm's variables, say which."),
+        Literal["pack", "tokenize", "plan", "write", "finish", "train", "check"],
+        typer.Option(
+            help="`train` is one rank: RANK, WORLD_SIZE and MASTER_ADDR say which, or Slurm's variables. "
+            "`pack` is all of packing. `check` looks at the cluster alone."
+        ),
     ],
+    task: TaskOption = "0/1",
 ) -> None:
     """What a job runs: one stage of a plan, in this process."""
     from pipeline.launch.entry import run_stage
 
-    run_stage(plan_path, stage)
+    run_stage(plan_path, stage, task=task)
 
 
 @cluster_app.command("check")

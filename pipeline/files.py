@@ -2,19 +2,22 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+HOST = socket.gethostname()
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; it takes the place of `path` when the block ends, and vanishes if it raises.
 
-    The process id keeps two writers of one file apart; whichever renames last leaves a whole file.
+    Host and process id keep two writers of one file apart; whichever renames last leaves a whole file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         yield temporary
         sync(temporary)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data.loss_runs import clipped, count_labels, mask_of_runs
 from pipeline.data.packed_dataset import PackedDataset, PackedSample
 from pipeline.parallel.shard import Shard, shard_of
 
@@ -22,8 +23,8 @@ class Batch:
     input_ids: torch.Tensor
     """int64 [1, local_seq_len]; zeros in the padding"""
     labels: torch.Tensor
-    """int64 [1, local_seq_len]: the next token of the same document; IGNORE_INDEX at each document's last token and in
-    the padding"""
+    """int64 [1, local_seq_len]: the next token of the same document; IGNORE_INDEX where it does not count, at each
+    document's last token and in the padding"""
     position_ids: torch.Tensor
     """int64 [1, local_seq_len], from 0 in every document (with cross-document attention: in the sample); zeros in the
     padding, so that no position is beyond the longest document"""
@@ -48,27 +49,32 @@ def batch_of(
     sp: int = 1,
     cross_document_attention: bool = False,
     length: int | None = None,
+    verify: bool = True,
 ) -> Batch:
     """The shard of `sp_rank` of a sample, or of the sample's first `length` tokens; reads `[start, stop + 1)` only.
 
-    A document that `length` cuts keeps its first part, whose last token then predicts nothing. Raises ValueError if
-    `sp` does not divide the length, or the length is not within the sample.
+    With `verify`, also the rest of the slices at both ends, to check them. A document that `length` cuts keeps its
+    first part, whose last token then predicts nothing. Raises ValueError if `sp` does not divide the length, or the
+    length is not within the sample; DataError if what is read is not what was written.
     """
     seq_len = dataset.seq_len if length is None else length
     if not 0 < seq_len <= dataset.seq_len:
         raise ValueError(f"length {seq_len} is not within 1 and seq_len {dataset.seq_len}")
     shard = shard_of(sp_rank, sp=sp, seq_len=seq_len)
-    boundaries = boundaries_within(dataset.sample(sample), length=seq_len)
-    tokens = dataset.read_tokens(sample, shard.start, min(shard.stop + 1, seq_len)).astype(np.int64)
+    known = dataset.sample(sample)
+    boundaries = boundaries_within(known, length=seq_len)
+    stop = min(shard.stop + 1, seq_len)
+    tokens = dataset.read_tokens(sample, shard.start, stop, verify=verify).astype(np.int64)
+    counts = mask_of_runs(known.loss_runs, start=shard.start, stop=stop)
     n_tokens = int(boundaries[-1])
     attended = boundaries[[0, -1]] if cross_document_attention else boundaries
     return Batch(
         input_ids=torch.from_numpy(tokens[: shard.tokens]).unsqueeze(0),
-        labels=torch.from_numpy(_labels(tokens, shard=shard, boundaries=boundaries)).unsqueeze(0),
+        labels=torch.from_numpy(_labels(tokens, counts=counts, shard=shard, boundaries=boundaries)).unsqueeze(0),
         position_ids=torch.from_numpy(_position_ids(shard=shard, boundaries=attended)).unsqueeze(0),
         cu_seqlens=torch.from_numpy(attended.astype(np.int32)),
         n_tokens=n_tokens,
-        n_valid=n_tokens - (len(boundaries) - 1),
+        n_valid=count_labels(clipped(known.loss_runs, start=0, stop=n_tokens), cu_seqlens=boundaries),
         seq_len=seq_len,
         sample=sample,
     )
@@ -81,10 +87,12 @@ def boundaries_within(sample: PackedSample, *, length: int) -> NDArray[np.int64]
     return np.concatenate([inside, [last]])
 
 
-def _labels(tokens: NDArray[np.int64], *, shard: Shard, boundaries: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of `[start, stop + 1)`, or up to `stop` in the last shard -> labels of `[start, stop)`."""
+def _labels(
+    tokens: NDArray[np.int64], *, counts: NDArray[np.bool_], shard: Shard, boundaries: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Tokens of `[start, stop + 1)`, up to `stop` in the last shard, and which count -> labels of `[start, stop)`."""
     labels = np.full(shard.tokens, IGNORE_INDEX, np.int64)
-    labels[: len(tokens) - 1] = tokens[1:]
+    labels[: len(tokens) - 1] = np.where(counts, tokens, IGNORE_INDEX)[1:]
     last_tokens = boundaries[1:] - 1 - shard.start
     labels[last_tokens[(last_tokens >= 0) & (last_tokens < shard.tokens)]] = IGNORE_INDEX
     labels[max(0, int(boundaries[-1]) - shard.start) :] = IGNORE_INDEX

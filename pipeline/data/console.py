@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from pipeline.data.progress import PackProgress, ReportProgress
 
@@ -24,6 +24,7 @@ def console_progress() -> Iterator[ReportProgress]:
         TextColumn("{task.description:9}"),
         BarColumn(),
         TextColumn("{task.fields[text]}"),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.packed_dataset import DOCUMENTS_NAME, PackedDataset
-from pipeline.data.tokenize import read_document_rows
+from pipeline.data.token_parts import read_document_rows
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ Last stop of the data path before the model: packed data set -> StepBatch, whose
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
+from typing import Literal
 
 import numpy as np
 
 from pipeline.data.batch import Batch, batch_of
+from pipeline.data.order import LikeCosts, by_cost
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.data.packing import Ints, seeded_order
+from pipeline.data.prefetch import BatchReader
 from pipeline.errors import DataError
 
 
@@ -34,11 +37,13 @@ class Place:
     """Index in the packed data set."""
 
 
-def place_at(position: int, *, samples: int, seed: int, held_out: int = 0) -> Place:
+def place_at(
+    position: int, *, samples: int, seed: int, held_out: int = 0, like_costs: LikeCosts | None = None
+) -> Place:
     """The `position`-th sample that training sees: every sample that is not held out once per epoch, each epoch in an
     order of its own."""
     epoch, row = divmod(position, samples - held_out)
-    return Place(epoch, int(_epoch_order(samples, seed, epoch, held_out)[row]))
+    return Place(epoch, int(_epoch_order(samples, seed, epoch, held_out, like_costs)[row]))
 
 
 def held_out_samples(samples: int, *, seed: int, held_out: int) -> Ints:
@@ -56,21 +61,21 @@ def held_out_samples(samples: int, *, seed: int, held_out: int) -> Ints:
 
 
 @lru_cache(maxsize=2)  # a step can span the border of two epochs
-def _epoch_order(samples: int, seed: int, epoch: int, held_out: int) -> Ints:
+def _epoch_order(samples: int, seed: int, epoch: int, held_out: int, like_costs: LikeCosts | None) -> Ints:
     order = seeded_order(samples, seed=seed, stream=epoch)
-    return order[~np.isin(order, held_out_samples(samples, seed=seed, held_out=held_out))]
+    order = order[~np.isin(order, held_out_samples(samples, seed=seed, held_out=held_out))]
+    return by_cost(order, like_costs, seed=seed, epoch=epoch) if like_costs else order
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches:
     """This rank's batches of a step, read from disk when they are iterated over."""
 
-    dataset: PackedDataset
+    reader: BatchReader
     samples: tuple[int, ...]
     """Of this DP replica, in order."""
-    sp_rank: int
-    sp: int
-    cross_document_attention: bool
+    following: tuple[int, ...]
+    """Of the next step, to be read ahead."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -79,13 +84,7 @@ class MicroBatches:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Batch:
-        return batch_of(
-            self.dataset,
-            self.samples[number],
-            sp_rank=self.sp_rank,
-            sp=self.sp,
-            cross_document_attention=self.cross_document_attention,
-        )
+        return self.reader.batch(self.samples[number], upcoming=self.samples[number + 1 :] + self.following)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +125,11 @@ class PackedLoader:
     cross_document_attention: bool = False
     start: Cursor = Cursor()
     """Where this job goes on."""
+    order: Literal["shuffled", "by_cost"] = "shuffled"
+    prefetch: int = 0
+    """Micro-batches read ahead."""
+    verify: bool = True
+    """Check what is read."""
     held_out: int = 0
     """Samples that are never trained on: `held_out_samples`."""
 
@@ -146,23 +150,54 @@ class PackedLoader:
 
     def sample_at(self, position: int) -> Place:
         """The sample at a position of the training order; a pure function of data set and seed."""
-        return place_at(position, samples=self.dataset.samples, seed=self.seed, held_out=self.held_out)
+        return place_at(
+            position,
+            samples=self.dataset.samples,
+            seed=self.seed,
+            held_out=self.held_out,
+            like_costs=self._like_costs,
+        )
+
+    @cached_property
+    def _like_costs(self) -> LikeCosts | None:
+        return LikeCosts(self._costs, self.samples_per_step) if self.order == "by_cost" else None
+
+    @cached_property
+    def _costs(self) -> Ints:
+        """[samples], of what attends to itself."""
+        index = self.dataset.index
+        return index.n_tokens**2 if self.cross_document_attention else index.cost
+
+    @cached_property
+    def _reader(self) -> BatchReader:
+        read = partial(
+            batch_of,
+            self.dataset,
+            sp_rank=self.sp_rank,
+            sp=self.sp,
+            cross_document_attention=self.cross_document_attention,
+            verify=self.verify,
+        )
+        return BatchReader(read, ahead=self.prefetch)
+
+    def _places(self, step: int) -> list[Place]:
+        first = self.cursor(step).position
+        return [self.sample_at(first + offset) for offset in range(self.samples_per_step)]
 
     def step(self, step: int) -> StepBatch:
         """Step number `step`, whichever was read before it."""
-        first = self.cursor(step).position
-        places = [self.sample_at(first + offset) for offset in range(self.samples_per_step)]
+        places = self._places(step)
         samples = tuple(place.sample for place in places)
+        following = tuple(place.sample for place in self._places(step + 1)) if step + 1 < self.steps else ()
         known = [self.dataset.sample(sample) for sample in samples]
-        costs = [sample.n_tokens**2 if self.cross_document_attention else sample.cost for sample in known]
         return StepBatch(
             step=step,
             epoch=places[0].epoch,
             micro_batches=MicroBatches(
-                self.dataset, samples[self.dp_rank :: self.dp], self.sp_rank, self.sp, self.cross_document_attention
+                self._reader, samples[self.dp_rank :: self.dp], following[self.dp_rank :: self.dp]
             ),
             valid_tokens=sum(sample.n_valid for sample in known),
             tokens=sum(sample.n_tokens for sample in known),
-            sum_len_squared=sum(costs),
+            sum_len_squared=int(self._costs[list(samples)].sum()),
             samples=samples,
         )

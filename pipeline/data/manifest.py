@@ -8,7 +8,7 @@ from pipeline.data.files import read_json
 from pipeline.errors import DataError
 from pipeline.files import write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -19,6 +19,8 @@ class PartFile:
     name: str
     samples: int
     size_bytes: int
+    frame_checksum: str
+    """xxh3 (hex) of its bytes that are no tokens."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,12 @@ class PackingInputs:
 
     sources: tuple[str, ...]
     """`sources.fingerprint` of each, in the recipe's order."""
-    tokenizer: str
-    """`sha256:…` of a loaded tokenizer, or how one is trained on the sources."""
+    tokenizer: str | None
+    """`sha256:…` of a loaded tokenizer and its chat template, or how one is trained on the sources; None is none."""
+    separator: str | None
     seq_len: int
+    packing: dict[str, Any]
+    """The recipe's section."""
     seed: int
     planner_version: int
 
@@ -47,10 +52,16 @@ class Manifest:
     files_skipped: int
     """Not UTF-8, and passed over as the recipe says."""
     documents: int
-    """Texts, after `max_document_tokens` cut the long ones."""
+    """That were taken: texts, after `max_document_tokens` cut the long ones, each as often as weights say."""
+    documents_read: int
+    """Texts, after `max_document_tokens` cut the long ones; rows of documents.arrow."""
+    tokens_read: int
+    """Of all documents that were read."""
     tokens_in: int
-    """Of all documents."""
+    """Of all documents that were taken."""
     tokens_dropped: int
+    dropped: dict[str, int]
+    """Tokens by the reason why they were dropped."""
     tokens: int
     """Of all samples, without padding; tokens_in - tokens_dropped."""
     valid_tokens: int
@@ -59,11 +70,13 @@ class Manifest:
     """Documents that packing split over samples."""
     unfilled_fraction: float
     """Of samples times seq_len, the part that is padding."""
-    vocab_size: int
-    """Of the tokenizer."""
+    vocab_size: int | None
+    """Of the tokenizer; None where the sources were tokenized already."""
     max_token_id: int
-    tokenizer_hash: str
+    tokenizer_hash: str | None
     inputs: PackingInputs
+    contents: tuple[str, ...]
+    """`sources.content_hash` of every unit."""
     versions: dict[str, str]
     """Of the libraries that packed."""
     parts: tuple[PartFile, ...]
@@ -102,4 +115,5 @@ def _parse(value: dict[str, Any]) -> Manifest:
         raise TypeError(f"unknown keys {sorted(unknown)}")
     inputs = {**value["inputs"], "sources": tuple(value["inputs"]["sources"])}
     parts = tuple(PartFile(**part) for part in value["parts"])
-    return Manifest(**{**value, "inputs": PackingInputs(**inputs), "parts": parts})
+    contents = tuple(value["contents"])
+    return Manifest(**{**value, "inputs": PackingInputs(**inputs), "parts": parts, "contents": contents})

@@ -1,54 +1,39 @@
 """Makes a packed data set out of a recipe, in four stages that can be run one by one, killed, and run again.
 
-    tokenize   sources -> tokens and document lengths
-    plan       lengths -> which pieces make which sample
-    write      plan, tokens -> part files
+    tokenize   units of the sources -> token parts                    any number of tasks
+    plan       lengths -> which pieces make which sample              one task
+    write      plan, tokens -> part files                             any number of tasks; the last one goes on to
     finish     part files -> index, manifest; from here on the data set exists
 
-A stage that finds its own completion record, made from the same inputs, does nothing. What stages keep for each other
-lies in `.alst-pack/` inside the output folder until finish removes it.
+A piece of work that finds its own completion record, made from the same inputs, is not done again. What stages keep for
+each other lies in `.alst-pack/` inside the output folder until finish removes it. Which bytes are made does not depend
+on the number of tasks: sources decide the token parts, the plan decides the part files.
 """
 
-import platform
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
-from shutil import rmtree
 from typing import Literal, overload
 
-import numpy as np
-import pyarrow as pa
-
-from pipeline.data import packed_dataset
-from pipeline.data.files import digest, file_digest, read_json
-from pipeline.data.manifest import FORMAT_VERSION, Manifest, PackingInputs, PartFile, read_manifest, write_manifest
-from pipeline.data.packed_dataset import SampleContent, SampleIndex, joined_index, load_index, save_index, write_part
-from pipeline.data.packing import PLANNER_VERSION, PackingPlan, load_plan, plan_packing, save_plan
-from pipeline.data.progress import PackProgress, ReportProgress
-from pipeline.data.sources import fingerprint
-from pipeline.data.tokenize import (
-    DOCUMENT_SCHEMA,
-    TokenPart,
-    TokenReader,
-    TokenRecord,
-    load_tokenizer,
-    read_document_rows,
-    save_tokenizer,
-    tokenize,
-    tokenizer_hash,
-    train_tokenizer,
-)
+from pipeline.data.amounts import copies_of
+from pipeline.data.files import read_json
+from pipeline.data.finish import finish
+from pipeline.data.job import WHOLE_STAGE, PackJob, Task
+from pipeline.data.lock import held, one_after_another, one_task, shared_by_job
+from pipeline.data.manifest import Manifest
+from pipeline.data.packed_dataset import TOKENIZER_NAME
+from pipeline.data.packing import Selection, plan_packing, save_plan
+from pipeline.data.progress import ReportProgress
+from pipeline.data.token_parts import TokenReader
+from pipeline.data.tokenize import Encoder, tokenize
+from pipeline.data.tokenizer import load_tokenizer, save_tokenizer, token_id, tokenizer_hash, train_tokenizer
+from pipeline.data.write import all_written, write_parts
 from pipeline.errors import DataError
-from pipeline.files import replaced, write_json
+from pipeline.files import write_json
 from pipeline.recipe.schema import Recipe, TrainTokenizer
 
-SAMPLES_PER_PART = 64
-PART_BYTES = 1 << 30  # a part is what is written again after a kill
-PART_NAME = re.compile(r"data-\d{5}-of-\d{5}\.arrow")
-VERSIONED = ("numpy", "pyarrow", "tokenizers")
+TASK = re.compile(r"(\d+)/(\d+)")
 
 
 class Stage(StrEnum):
@@ -63,198 +48,148 @@ class Stage(StrEnum):
 
 @overload
 def pack(
-    recipe: Recipe, output: Path, *, stage: Literal["all", "finish"] = "all", progress: ReportProgress | None = None
-) -> Manifest: ...
+    recipe: Recipe, output: Path, *, stage: Literal["all", "finish"] = "all", vocab_size: int | None = None,
+    progress: ReportProgress | None = None,
+) -> Manifest: ...  # fmt: skip
 
 
 @overload
-def pack(recipe: Recipe, output: Path, *, stage: str, progress: ReportProgress | None = None) -> Manifest | None: ...
+def pack(
+    recipe: Recipe, output: Path, *, stage: str, task: Task = ..., vocab_size: int | None = None,
+    progress: ReportProgress | None = None,
+) -> Manifest | None: ...  # fmt: skip
 
 
 def pack(
-    recipe: Recipe, output: Path, *, stage: str = "all", progress: ReportProgress | None = None
+    recipe: Recipe,
+    output: Path,
+    *,
+    stage: str = "all",
+    task: Task = WHOLE_STAGE,
+    vocab_size: int | None = None,
+    progress: ReportProgress | None = None,
 ) -> Manifest | None:
     """Runs `stage` of packing `recipe.data` into the folder `output`; the manifest, once the data set is complete.
 
-    A complete data set of the same inputs is reused at once. Raises DataError if `output` holds another data set or
-    other files, if it cannot be written, if a stage's predecessor is missing, and for anything wrong with the sources.
+    `vocab_size` is the model's; without it, what `recipe.model.config` says. A complete data set of the same inputs is
+    reused at once. Raises DataError if `output` holds another data set or other files, if it cannot be written, if
+    another process packs there, if a stage's predecessor is missing, and for anything wrong with the sources.
     """
     if stage not in list(Stage):
         raise DataError(f"stage {stage!r} is not known; use one of {', '.join(Stage)}")
-    job = _Job.of(recipe, output=output, progress=progress)
+    if task.count > 1 and stage not in (Stage.TOKENIZE, Stage.WRITE):
+        raise DataError(f"stage {stage} is one task, not {task.count}; only tokenize and write are divided")
+    job = PackJob.of(recipe, output=output, vocab_size=vocab_size, progress=progress)
     try:
-        if complete := job.reusable():
-            job.remove_work()
+        with ExitStack() as locks:
+            if not job.reusable():
+                job.claim()
+                locks.enter_context(shared_by_job(job.work, key=job.plan_key, alone=stage == Stage.ALL))
+                locks.enter_context(one_task(job.work, f"{stage}-{task.index}-of-{task.count}"))
+            if complete := job.reusable():  # asked again: another task may have finished it meanwhile
+                job.remove_work()
+                return complete
+            for step in (_tokenize, _plan, _write) if stage == Stage.ALL else (_STEPS[Stage(stage)],):
+                complete = step(job, task)
             return complete
-        job.claim()
-        for step in _STEPS if stage == Stage.ALL else (Stage(stage),):
-            complete = _STEPS[step](job)
-        return complete
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise DataError(
-            f"cannot write the packed data set {output}: {error.strerror or error} ({error.filename}); "
+            f"cannot write the packed data set {output}: {error.strerror or error}{where}; "
             "choose another --output, or make room and give yourself write permission there"
         ) from error
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A recipe, a folder, and what identifies the work between them."""
-
-    recipe: Recipe
-    output: Path
-    inputs: PackingInputs
-    progress: ReportProgress | None
-
-    @classmethod
-    def of(cls, recipe: Recipe, *, output: Path, progress: ReportProgress | None) -> "_Job":
-        data = recipe.data
-        match data.tokenizer:
-            case TrainTokenizer(vocab_size=size, sample_mib=sample_mib):
-                tokenizer = f"trained: vocab_size {size}, sample_mib {sample_mib}"
-            case name:
-                tokenizer = f"sha256:{tokenizer_hash(load_tokenizer(name))}"
-        inputs = PackingInputs(
-            sources=tuple(fingerprint(source) for source in data.sources),
-            tokenizer=tokenizer,
-            seq_len=data.seq_len,
-            seed=data.seed,
-            planner_version=PLANNER_VERSION,
-        )
-        return cls(recipe, output, inputs, progress)
-
-    @property
-    def work(self) -> Path:
-        return self.output / packed_dataset.WORK_NAME
-
-    @property
-    def tokens_key(self) -> str:
-        """Tokens do not depend on the sample's length: a new seq_len tokenizes nothing again."""
-        return digest([FORMAT_VERSION, self.inputs.sources, self.inputs.tokenizer])
-
-    @property
-    def plan_key(self) -> str:
-        return digest([FORMAT_VERSION, asdict(self.inputs)])
-
-    @property
-    def vocab_limit(self) -> int | None:
-        return self.recipe.model.config.get("vocab_size")
-
-    @property
-    def token_parts(self) -> list[TokenPart]:
-        return [TokenPart(self.work)]
-
-    def reusable(self) -> Manifest | None:
-        """The manifest of the finished data set that this job would make, if it is there.
-
-        Raises DataError if the one that is there was made from other inputs, or does not fit the model.
-        """
-        manifest = read_manifest(self.output)
-        if manifest is None:
-            return None
-        found, asked = asdict(manifest.inputs), asdict(self.inputs)
-        differences = [f"{key} {found[key]}, asked for {asked[key]}" for key in asked if found[key] != asked[key]]
-        if differences:
-            raise DataError(
-                f"{self.output} holds a data set of other inputs ({'; '.join(differences)}); it is not overwritten: "
-                "choose another --output, or delete it"
-            )
-        _check_vocabulary(manifest.max_token_id, limit=self.vocab_limit, where=self.output)
-        return manifest
-
-    def claim(self) -> None:
-        """Makes the output folder ours. Raises DataError if it holds anything else, for finish removes files in it."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        if not self.work.exists() and any(self.output.iterdir()):
-            raise DataError(f"{self.output} is not empty and holds no packed data set; choose another --output")
-        self.work.mkdir(exist_ok=True)
-
-    def remove_work(self) -> None:
-        if self.work.exists():
-            rmtree(self.work)
-
-    def tokens_record(self) -> TokenRecord:
-        records = [part.record(key=self.tokens_key) for part in self.token_parts]
-        if records[0] is None:
-            raise DataError(f"{self.output} has no tokens of these sources; run the stage tokenize first")
-        return records[0]
+def task_of(text: str) -> Task:
+    """`I/N` as a Task: number I, from 0, of N. Raises DataError for anything else."""
+    found = TASK.fullmatch(text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise DataError(f"--task {text}: must be I/N with I from 0 to N - 1; write e.g. 0/4")
+    return Task(int(found[1]), int(found[2]))
 
 
-def _check_vocabulary(token_id: int, *, limit: int | None, where: Path) -> None:
-    if limit is not None and token_id >= limit:
-        raise DataError(
-            f"token id {token_id} in {where} is outside the model's vocabulary of {limit}; set data.tokenizer to the "
-            "model's own, or raise model.config.vocab_size"
-        )
+def _tokenize(job: PackJob, mine: Task) -> None:
+    """Stage tokenize: the tokenizer, then the tokens of this task's units."""
+    encoder = _encoder(job)
+    progress = job.stage_progress("tokenize", sum(job.units[number].size for number in mine.of(len(job.units))))
+    for number in mine.of(len(job.units)):
+        unit, part, key = job.units[number], job.token_parts[number], job.tokens_keys[number]
+        if record := part.record(key=key, unit=unit):
+            progress.advance(record.documents, record.tokens, unit.size)
+            continue
+        part.forget()
+        source = job.recipe.data.sources[unit.source]
+        tokenize(unit, source=source, encoder=encoder, part=part, key=key, advance=progress.advance)
 
 
-def _tokenize(job: _Job) -> None:
-    """Stage tokenize: the tokenizer, then every source's tokens."""
-    (part,) = job.token_parts
-    if part.record(key=job.tokens_key):
-        return
-    part.forget()
-    data = job.recipe.data
-    if isinstance(data.tokenizer, TrainTokenizer):
-        tokenizer = train_tokenizer(data.sources, settings=data.tokenizer)
-    else:
-        tokenizer = load_tokenizer(data.tokenizer)
-    save_tokenizer(tokenizer, job.output / packed_dataset.TOKENIZER_NAME)
-    tokenize(
-        data.sources,
-        tokenizer=tokenizer,
-        part=part,
-        key=job.tokens_key,
-        vocab_limit=job.vocab_limit,
-        progress=job.progress,
-    )
+def _encoder(job: PackJob) -> Encoder:
+    """What every task encodes with; the first one trains and saves the tokenizer, the others wait for it."""
+    data, folder, record = job.recipe.data, job.output / TOKENIZER_NAME, job.work / "tokenizer.json"
+    if data.tokenizer is None:
+        return Encoder(None, vocab_limit=job.vocab_limit)
+    with one_after_another(job.work, "tokenizer"):
+        if not _has_key(record, key=job.tokenizer_key):
+            record.unlink(missing_ok=True)
+            if isinstance(data.tokenizer, TrainTokenizer):
+                tokenizer = train_tokenizer(data.sources, settings=data.tokenizer)
+            else:
+                tokenizer = load_tokenizer(data.tokenizer, revision=data.tokenizer_revision)
+            save_tokenizer(tokenizer, folder, chat_template=job.chat.template if job.chat else None)
+            write_json(record, {"key": job.tokenizer_key, "hash": tokenizer_hash(tokenizer)})
+    tokenizer = load_tokenizer(str(folder))
+    separator_id = token_id(tokenizer, data.separator) if data.separator else None
+    known = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return Encoder(tokenizer, job.chat, separator_id, known if job.vocab_limit is None else job.vocab_limit)
 
 
-def _plan(job: _Job) -> None:
+def _plan(job: PackJob, _: Task) -> None:
     """Stage plan: one task, whatever the number of parts."""
     record = job.work / "plan.json"
     if _has_key(record, key=job.plan_key):
         return
-    job.tokens_record()
+    tokens = sum(record.tokens for record in job.tokens_records())
     record.unlink(missing_ok=True)
+    data, settings = job.recipe.data, job.recipe.data.packing
     with TokenReader(job.token_parts) as reader:
-        plan = plan_packing(reader.lengths, seq_len=job.inputs.seq_len, seed=job.inputs.seed)
+        if not tokens or tokens != int(reader.lengths.sum()):
+            raise DataError(f"{len(data.sources)} sources hold no token ({tokens}); set data.sources to texts")
+        copies = copies_of(
+            reader.lengths,
+            reader.sources,
+            sources=data.sources,
+            length_weights=settings.length_weights,
+            seed=data.seed,
+        )
+        plan = plan_packing(
+            reader.lengths,
+            seq_len=data.seq_len,
+            seed=data.seed,
+            copies=copies,
+            selection=Selection(
+                shortest=settings.shortest_document_tokens,
+                longest=settings.longest_document_tokens,
+                drop_last=settings.unfilled_last == "drop",
+            ),
+        )
     save_plan(plan, job.work / "plan.npz")
-    write_json(record, {"key": job.plan_key, "samples": plan.samples})
+    write_json(record, {"key": job.plan_key, "samples": plan.samples, "tokens_read": tokens})
 
 
-def _write(job: _Job) -> None:
-    """Stage write: every part file that has no completion record yet."""
-    plan = _planned(job)
-    job.tokens_record()
-    parts = _parts(plan)
-    with TokenReader(job.token_parts) as reader:
-        for part in parts:
-            record = job.work / f"{part.name}.json"
-            if not _has_key(record, key=job.plan_key):
-                record.unlink(missing_ok=True)
-                index = write_part(job.output / part.name, samples=_contents(plan, reader=reader, part=part))
-                save_index(index, job.work / f"{part.name}.npz")
-                write_json(record, {"key": job.plan_key, "size_bytes": (job.output / part.name).stat().st_size})
-            _report_written(job, plan=plan, part=part)
+def _write(job: PackJob, mine: Task) -> Manifest | None:
+    """Stage write: this task's part files; the task that completes the last one finishes the data set."""
+    write_parts(job, mine)
+    try:
+        with held(job.work, "finish") as free:
+            if free and all_written(job):
+                return finish(job)
+    except FileNotFoundError:
+        if job.work.exists():
+            raise
+    return job.reusable()  # another task has finished it, or is about to
 
 
-def _finish(job: _Job) -> Manifest:
-    """Stage finish: gathers the parts' records; the manifest is the last file and makes the data set whole."""
-    plan, record = _planned(job), job.tokens_record()
-    parts = [_finished_part(job, part=part) for part in _parts(plan)]
-    index = joined_index([load_index(job.work / f"{part.name}.npz") for part in parts])
-    _check_counts(plan, index=index, record=record)
-    _remove_stale_files(job.output, keep={part.name for part in parts})
-    _write_documents(job)
-    packed_dataset.write_datasets_files(
-        job.output, part_names=[part.name for part in parts], fingerprint=job.plan_key[:16]
-    )
-    save_index(index, job.output / packed_dataset.INDEX_NAME)
-    manifest = _manifest(job, plan=plan, record=record, index=index, parts=tuple(parts))
-    write_manifest(manifest, job.output)
-    job.remove_work()
-    return manifest
+def _finish(job: PackJob, _: Task) -> Manifest:
+    return finish(job)
 
 
 _STEPS = {Stage.TOKENIZE: _tokenize, Stage.PLAN: _plan, Stage.WRITE: _write, Stage.FINISH: _finish}
@@ -263,118 +198,3 @@ _STEPS = {Stage.TOKENIZE: _tokenize, Stage.PLAN: _plan, Stage.WRITE: _write, Sta
 def _has_key(record: Path, *, key: str) -> bool:
     value = read_json(record)
     return value is not None and value.get("key") == key
-
-
-def _planned(job: _Job) -> PackingPlan:
-    if not _has_key(job.work / "plan.json", key=job.plan_key):
-        raise DataError(f"{job.output} has no packing plan for this recipe; run the stage plan first")
-    return load_plan(job.work / "plan.npz")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Samples `[first, stop)` of the plan, in one file."""
-
-    name: str
-    first: int
-    stop: int
-
-
-def _parts(plan: PackingPlan) -> list[_Part]:
-    """How samples are divided over files; the plan alone decides it, so every task agrees."""
-    per_part = max(1, min(SAMPLES_PER_PART, PART_BYTES // (packed_dataset.TOKEN_BYTES * plan.seq_len)))
-    firsts = range(0, plan.samples, per_part)
-    return [
-        _Part(f"data-{number:05d}-of-{len(firsts):05d}.arrow", first, min(first + per_part, plan.samples))
-        for number, first in enumerate(firsts)
-    ]
-
-
-def _contents(plan: PackingPlan, *, reader: TokenReader, part: _Part) -> Iterator[SampleContent]:
-    """The samples of a part, one in memory at a time."""
-    for sample in range(part.first, part.stop):
-        document, start, stop = plan.pieces(sample)
-        cu_seqlens = np.concatenate([[0], np.cumsum(stop - start)])
-        input_ids = np.zeros(plan.seq_len, np.uint32)
-        for row in range(len(document)):
-            reader.read_into(
-                input_ids[cu_seqlens[row] : cu_seqlens[row + 1]], document=int(document[row]), start=int(start[row])
-            )
-        yield SampleContent(input_ids, cu_seqlens.astype(np.int32), document)
-
-
-def _report_written(job: _Job, *, plan: PackingPlan, part: _Part) -> None:
-    if job.progress:
-        pieces = int(plan.sample_offsets[part.stop])
-        sample_bytes = packed_dataset.TOKEN_BYTES * plan.seq_len
-        tokens = int((plan.stop[:pieces] - plan.start[:pieces]).sum())
-        job.progress(PackProgress("write", pieces, tokens, part.stop * sample_bytes, plan.samples * sample_bytes))
-
-
-def _finished_part(job: _Job, *, part: _Part) -> PartFile:
-    record = read_json(job.work / f"{part.name}.json")
-    path = job.output / part.name
-    if record is None or record["key"] != job.plan_key or not path.exists():
-        raise DataError(f"{path} is not written yet; run the stage write first")
-    if path.stat().st_size != record["size_bytes"]:
-        raise DataError(
-            f"{path} has {path.stat().st_size} bytes, and {record['size_bytes']} were written; delete it, "
-            f"and {job.work / part.name}.json, and run the stage write again"
-        )
-    return PartFile(part.name, part.stop - part.first, record["size_bytes"])
-
-
-def _check_counts(plan: PackingPlan, *, index: SampleIndex, record: TokenRecord) -> None:
-    """Tokens in = tokens out + declared drops, or no data set."""
-    written = int(index.n_tokens.sum())
-    if record.tokens != written + plan.tokens_dropped or len(index.part) != plan.samples:
-        raise DataError(
-            f"{record.tokens} tokens went in, {written} came out and {plan.tokens_dropped} were dropped, and these "
-            f"must agree ({len(index.part)} of {plan.samples} samples); delete the output folder and pack again"
-        )
-
-
-def _remove_stale_files(output: Path, *, keep: set[str]) -> None:
-    """Part files of an earlier, unfinished packing with another length, and temporary files of a killed one."""
-    for path in output.iterdir():
-        stale = PART_NAME.fullmatch(path.name) and path.name not in keep
-        if stale or (path.name.startswith(".") and path.name.endswith(".tmp")):
-            rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _write_documents(job: _Job) -> None:
-    """The documents of all token parts as one table; its row numbers are the data set's document ids."""
-    with (
-        replaced(job.output / packed_dataset.DOCUMENTS_NAME) as path,
-        pa.ipc.new_stream(str(path), DOCUMENT_SCHEMA) as stream,
-    ):
-        for part in job.token_parts:
-            stream.write_table(read_document_rows(part.documents_path))
-
-
-def _manifest(
-    job: _Job, *, plan: PackingPlan, record: TokenRecord, index: SampleIndex, parts: tuple[PartFile, ...]
-) -> Manifest:
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        seq_len=plan.seq_len,
-        samples=plan.samples,
-        texts=record.texts,
-        texts_without_tokens=record.texts_without_tokens,
-        files_skipped=record.files_skipped,
-        documents=plan.documents,
-        tokens_in=plan.tokens_in,
-        tokens_dropped=plan.tokens_dropped,
-        tokens=plan.tokens,
-        valid_tokens=int(index.n_valid.sum()),
-        documents_cut=plan.documents_cut,
-        unfilled_fraction=plan.unfilled_fraction,
-        vocab_size=record.vocab_size,
-        max_token_id=record.max_token_id,
-        tokenizer_hash=record.tokenizer_hash,
-        inputs=job.inputs,
-        versions={"python": platform.python_version()} | {name: version(name) for name in VERSIONED},
-        parts=parts,
-        index_sha256=file_digest(job.output / packed_dataset.INDEX_NAME),
-        complete=True,
-    )

@@ -5,7 +5,7 @@ Between tokenize and write in the data path: lengths -> PackingPlan. No token is
 
 import json
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.files import replaced
 
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 OPEN_SAMPLES = 64
 """Samples that wait for a document that fits; four reach the lower bound at 3.7M tokens, short samples need more."""
+
+CHUNK = 1 << 16
+"""Documents whose lengths are Python integers at a time: a loop handles them faster than numpy's."""
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -36,10 +39,13 @@ class PackingPlan:
     seq_len: int
     seed: int
     documents: int
+    """That were taken, each as often as it was taken."""
+    documents_cut: int
+    """Of those, in more than one piece."""
     tokens_in: int
-    """Tokens of all documents."""
-    tokens_dropped: int
-    """Tokens of them that no sample holds; declared, so that nothing is lost unseen."""
+    """Tokens of the documents that were taken."""
+    dropped: dict[str, int]
+    """Tokens of them that no sample holds, by reason; declared, so that nothing is lost unseen."""
     sample_offsets: Ints
     """[samples + 1]"""
     document: Ints
@@ -59,9 +65,8 @@ class PackingPlan:
         return int((self.stop - self.start).sum())
 
     @property
-    def documents_cut(self) -> int:
-        """Documents in more than one piece."""
-        return int((np.bincount(self.document, minlength=self.documents) > 1).sum())
+    def tokens_dropped(self) -> int:
+        return sum(self.dropped.values())
 
     @property
     def unfilled_fraction(self) -> float:
@@ -73,89 +78,161 @@ class PackingPlan:
         return self.document[rows], self.start[rows], self.stop[rows]
 
 
-def plan_packing(lengths: NDArray[Any], *, seq_len: int, seed: int, open_samples: int = OPEN_SAMPLES) -> PackingPlan:
+@dataclass(frozen=True)
+class Selection:
+    """Which documents are packed."""
+
+    shortest: int = 1
+    longest: int | None = None
+    """Tokens; documents outside the two are dropped."""
+    drop_last: bool = False
+    """Leave out the sample with most padding, if it has any."""
+
+
+def plan_packing(
+    lengths: NDArray[Any],
+    *,
+    seq_len: int,
+    seed: int,
+    copies: NDArray[Any] | None = None,
+    selection: Selection = Selection(),
+    open_samples: int = OPEN_SAMPLES,
+) -> PackingPlan:
     """Packs documents of `lengths` tokens [documents] into samples of `seq_len`, best fit over a seeded shuffle.
 
     A document that fits into a sample is never cut; a longer one fills whole samples, and its rest is packed like a
     document. Shuffled, because sorting makes the samples' attention cost (sum of squares) 70 times more uneven.
-    Raises DataError if there is no document or one without a token.
+    `copies` [documents] is how often each is taken, once if it is not given. Raises DataError if there is no document
+    to pack or one without a token.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    if not len(lengths):
-        raise DataError("there are 0 documents, and a sample needs at least one; check data.sources")
-    if lengths.min() < 1:
+    copies = np.ones(len(lengths), np.int64) if copies is None else np.asarray(copies, np.int64)
+    if len(lengths) and lengths.min() < 1:
         bad = int(lengths.argmin())
         raise DataError(f"document {bad} has {lengths[bad]} tokens, and a document needs at least one; drop it")
-    order = seeded_order(len(lengths), seed=seed)
-    pieces = _best_fit(order.tolist(), lengths[order].tolist(), seq_len=seq_len, open_samples=open_samples)
-    sample, document, start, stop = np.array(pieces, dtype=np.int64).T
-    rows = np.argsort(sample, kind="stable")
-    counts = np.bincount(sample)
+    short, long = lengths < selection.shortest, lengths > (selection.longest or _WORD)
+    kept = np.where(short | long, 0, copies)
+    taken = np.repeat(np.arange(len(lengths)), kept)
+    if not len(taken):
+        raise DataError(
+            f"0 of {len(lengths)} documents are left to pack, and a sample needs at least one; check data.sources and "
+            "data.packing"
+        )
     plan = PackingPlan(
         seq_len=seq_len,
         seed=seed,
-        documents=len(lengths),
-        tokens_in=int(lengths.sum()),
-        tokens_dropped=0,
-        sample_offsets=np.concatenate([[0], np.cumsum(counts)]),
-        document=document[rows],
-        start=start[rows],
-        stop=stop[rows],
+        documents=int(copies.sum()),
+        documents_cut=int(kept[lengths > seq_len].sum()),
+        tokens_in=int((lengths * copies).sum()),
+        dropped={
+            "documents_too_short": int((lengths * copies)[short].sum()),
+            "documents_too_long": int((lengths * copies)[long].sum()),
+        },
+        **_pieces(taken[seeded_order(len(taken), seed=seed)], lengths, seq_len=seq_len, open_samples=open_samples),
     )
-    check_plan(plan, lengths=lengths)
-    return plan
+    check_plan(plan, lengths=lengths, copies=kept)
+    return _without_last(plan) if selection.drop_last else plan
 
 
-def _best_fit(
-    order: list[int], lengths: list[int], *, seq_len: int, open_samples: int
-) -> list[tuple[int, int, int, int]]:
-    """(sample, document, start, stop) of every piece, samples numbered as they are opened.
-
-    `waiting` holds (free tokens, sample) of the open samples, sorted; when no document fits any of them and there are
-    too many, the fullest is closed.
-    """
-    pieces: list[tuple[int, int, int, int]] = []
-    waiting: list[tuple[int, int]] = []
-    samples = 0
-    for document, length in zip(order, lengths, strict=True):
-        start = 0
-        while length - start >= seq_len:
-            pieces.append((samples, document, start, start + seq_len))
-            start, samples = start + seq_len, samples + 1
-        if start == length:
-            continue
-        fit = bisect_left(waiting, (length - start, 0))
-        if fit < len(waiting):
-            free, sample = waiting.pop(fit)
-        else:
-            free, sample = seq_len, samples
-            samples += 1
-            if len(waiting) == open_samples:
-                waiting.pop(0)
-        pieces.append((sample, document, start, length))
-        if free > length - start:
-            insort(waiting, (free - (length - start), sample))
-    return pieces
-
-
-def check_plan(plan: PackingPlan, *, lengths: NDArray[Any]) -> None:
-    """Raises DataError unless every token is in exactly one place, or declared dropped, and no sample is too long."""
-    sizes = plan.stop - plan.start
-    per_sample = np.diff(plan.sample_offsets)
-    rows = np.lexsort((plan.start, plan.document))
-    document, start, stop = plan.document[rows], plan.start[rows], plan.stop[rows]
-    first = np.concatenate([[True], document[1:] != document[:-1]])
-    expected_start = np.where(first, 0, np.concatenate([[0], stop[:-1]]))
-    faults = {
-        "it was made for other documents": plan.documents != len(lengths) or plan.tokens_in != lengths.sum(),
-        "a sample has no piece": per_sample.min() < 1 or plan.sample_offsets[-1] != len(sizes),
-        "a piece has no token": sizes.min() < 1,
-        "a sample is too long": np.add.reduceat(sizes, plan.sample_offsets[:-1]).max() > plan.seq_len,
-        "a token is in two samples or in none": (start != expected_start).any(),
-        "a document's end is in no sample": plan.tokens_dropped == 0
-        and not np.array_equal(stop[np.concatenate([first[1:], [True]])], lengths),
-        "tokens in are not tokens out + dropped": plan.tokens_in != plan.tokens + plan.tokens_dropped,
+def _pieces(documents: Ints, lengths: Ints, *, seq_len: int, open_samples: int) -> dict[str, Ints]:
+    """The arrays of a plan for `documents`, in the order given: samples of rests first, then those filled by one."""
+    sizes = lengths[documents]
+    full, rests = sizes // seq_len, sizes % seq_len
+    left = np.flatnonzero(rests)
+    rest_sample = _best_fit(rests[left], seq_len=seq_len, open_samples=open_samples)
+    first_full = int(rest_sample.max()) + 1 if len(left) else 0
+    full_start = seq_len * (np.arange(int(full.sum())) - np.repeat(np.cumsum(full) - full, full))
+    sample = np.concatenate([rest_sample, first_full + np.arange(len(full_start))])
+    rows = np.argsort(sample, kind="stable")
+    return {
+        "sample_offsets": np.concatenate([[0], np.cumsum(np.bincount(sample))]),
+        "document": np.concatenate([documents[left], np.repeat(documents, full)])[rows],
+        "start": np.concatenate([seq_len * full[left], full_start])[rows],
+        "stop": np.concatenate([sizes[left], full_start + seq_len])[rows],
     }
+
+
+def _best_fit(rests: Ints, *, seq_len: int, open_samples: int) -> Ints:
+    """The sample of each rest [rests]; samples are numbered as they are opened.
+
+    `waiting` holds the open samples, sorted by free tokens, each as one integer (free << 40 | sample), because
+    comparing tuples takes three times as long. When no rest fits and there are too many, the fullest is closed.
+    """
+    waiting: list[int] = []
+    samples, mask = 0, (1 << 40) - 1
+    found = np.empty(len(rests), np.int64)
+    for first in range(0, len(rests), CHUNK):
+        chosen: list[int] = []
+        for rest in rests[first : first + CHUNK].tolist():
+            fit = bisect_left(waiting, rest << 40)
+            if fit < len(waiting):
+                place = waiting.pop(fit) - (rest << 40)
+            else:
+                place = seq_len - rest << 40 | samples
+                samples += 1
+                if len(waiting) == open_samples:
+                    del waiting[0]
+            if place > mask:
+                insort(waiting, place)
+            chosen.append(place & mask)
+        found[first : first + CHUNK] = chosen
+    return found
+
+
+def _without_last(plan: PackingPlan) -> PackingPlan:
+    """The plan without its sample of fewest tokens, unless that is full. Raises DataError if no other is left."""
+    tokens = np.add.reduceat(plan.stop - plan.start, plan.sample_offsets[:-1])
+    last = int(tokens.argmin())
+    if tokens[last] == plan.seq_len:
+        return plan
+    if plan.samples == 1:
+        raise DataError(
+            f"the only sample has {tokens[last]} of {plan.seq_len} tokens, and data.packing.unfilled_last: drop leaves "
+            "none; set it to keep, or data.seq_len lower"
+        )
+    first, stop = plan.sample_offsets[last : last + 2]
+    rows = np.delete(np.arange(len(plan.document)), slice(first, stop))
+    return replace(
+        plan,
+        dropped=plan.dropped | {"unfilled_last_sample": int(tokens[last])},
+        sample_offsets=np.delete(
+            np.where(plan.sample_offsets >= stop, plan.sample_offsets - (stop - first), plan.sample_offsets), last + 1
+        ),
+        document=plan.document[rows],
+        start=plan.start[rows],
+        stop=plan.stop[rows],
+    )
+
+
+def check_plan(plan: PackingPlan, *, lengths: Ints, copies: Ints) -> None:
+    """Raises DataError unless every token is in one place per copy of its document, and no sample is too long."""
+    sizes = plan.stop - plan.start
+    per_document = -(-lengths // plan.seq_len)
+    most = int(per_document.max())
+    # One number for each piece that there must be, document after document; each as often as its document has copies.
+    number = np.sort(plan.document * most + plan.start // plan.seq_len)
+    expected = np.repeat(np.arange(len(lengths)), per_document * copies)
+    within = np.arange(len(expected)) - np.searchsorted(expected, expected)
+    _refuse(
+        {
+            "a sample has no piece": np.diff(plan.sample_offsets).min() < 1 or plan.sample_offsets[-1] != len(sizes),
+            "a document has too many or too few pieces": not np.array_equal(
+                number, expected * most + within // np.maximum(copies[expected], 1)
+            ),
+            "tokens in are not tokens out + dropped": plan.tokens_in != plan.tokens + plan.tokens_dropped,
+        }
+    )
+    whole = np.minimum(lengths[plan.document] - plan.start, plan.seq_len)
+    _refuse(
+        {
+            "a token is in two samples or in none": bool((plan.start % plan.seq_len).any())
+            or not np.array_equal(sizes, whole),
+            "a sample is too long": np.add.reduceat(sizes, plan.sample_offsets[:-1]).max() > plan.seq_len,
+        }
+    )
+
+
+def _refuse(faults: dict[str, bool]) -> None:
     for fault, found in faults.items():
         if found:
             raise DataError(f"the packing plan is wrong: {fault}; delete it and run the stages plan and write again")
@@ -184,12 +261,12 @@ def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 _ARRAYS = ("sample_offsets", "document", "start", "stop")
-_NUMBERS = ("seq_len", "seed", "documents", "tokens_in", "tokens_dropped")
+_HEADER = ("seq_len", "seed", "documents", "documents_cut", "tokens_in", "dropped")
 
 
 def save_plan(plan: PackingPlan, path: Path) -> None:
     """Writes the plan atomically as one .npz; equal plans are equal bytes."""
-    header = {"planner_version": PLANNER_VERSION} | {name: getattr(plan, name) for name in _NUMBERS}
+    header = {"planner_version": PLANNER_VERSION} | {name: getattr(plan, name) for name in _HEADER}
     arrays = {name: getattr(plan, name) for name in _ARRAYS}
     with replaced(path) as temporary, temporary.open("wb") as file:
         np.savez(file, header=np.array(json.dumps(header)), **arrays)
@@ -210,4 +287,4 @@ def load_plan(path: Path) -> PackingPlan:
             f"packing plan {path} is of planner version {header['planner_version']}, and this one reads "
             f"{PLANNER_VERSION}; delete it and run the stage plan again"
         )
-    return PackingPlan(**{name: header[name] for name in _NUMBERS}, **arrays)
+    return PackingPlan(**{name: header[name] for name in _HEADER}, **arrays)

@@ -1,76 +1,34 @@
-"""Where documents come from: text files and JSON lines, streamed in an order that only the sources decide.
+"""Where documents come from: the files of every source, and how they are divided into units of work.
 
-First stop of the data path: source -> RawDocument. Nothing here keeps more than one text in memory.
+First stop of the data path: source -> Unit. A unit is what one token part is made of; the sources alone decide units,
+so that any number of tasks agrees on them. What is in the files, `source_documents` reads.
 """
 
-import json
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from pipeline.data.files import digest
+import xxhash
+
+from pipeline.data.files import digest, read_json
+from pipeline.data.manifest import MANIFEST_NAME, read_manifest
 from pipeline.errors import DataError
-from pipeline.recipe.schema import JsonlSource, TextSource
+from pipeline.recipe.schema import (
+    HuggingFaceSource,
+    JsonlSource,
+    PackedSource,
+    ParquetSource,
+    Source,
+    TextSource,
+)
 
-OnSkip = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class RawDocument:
-    """One text and where it was found."""
-
-    source: int
-    """Index of the source in the recipe."""
-    name: str
-    """A file's path below its source, or `file:line`."""
-    text: str
-
-
-def documents(
-    source: TextSource | JsonlSource, *, index: int = 0, on_skip: OnSkip | None = None
-) -> Iterator[RawDocument]:
-    """The documents of a source, one at a time, files in sorted order.
-
-    Texts without a character are passed over. `on_skip` is called with the name of each file that is not UTF-8 and
-    that `on_undecodable: skip` passes over. Raises DataError for a source that is missing, empty or unreadable, and
-    for a document that is not text.
-    """
-    files = source_files(source)
-    if isinstance(source, JsonlSource):
-        yield from _jsonl_documents(source, path=files[0].path, index=index)
-        return
-    for file in files:
-        text = _read_text(file.path, skip=source.on_undecodable == "skip")
-        if text is None:
-            if on_skip:
-                on_skip(file.name)
-        elif text:
-            yield RawDocument(index, file.name, text)
-
-
-def fingerprint(source: TextSource | JsonlSource) -> str:
-    """sha256 (hex) over what decides the source's documents: its settings, and each file's relative path and size.
-
-    The folder's own path is left out: a copy elsewhere is the same source. An edit that keeps a file's size goes
-    unseen; reading every byte of a corpus to see it would cost as much as packing.
-    """
-    files = [[file.name, file.size] for file in source_files(source)]
-    return digest({"settings": source.model_dump(exclude={"path"}), "files": files})
-
-
-def source_bytes(source: TextSource | JsonlSource) -> int:
-    """Bytes of all files of a source."""
-    return sum(file.size for file in source_files(source))
-
-
-def resolve_source_path(path: str) -> Path:
-    """The path behind a recipe's `path`: `python:stdlib` is this Python's standard library, `~` the home folder."""
-    if path == "python:stdlib":
-        return Path(sysconfig.get_path("stdlib"))
-    if path.startswith("python:"):
-        raise DataError(f"data source {path!r} is not known; the only one of its kind is python:stdlib")
-    return Path(path).expanduser()
+UNIT_BYTES = 256 << 20  # a minute of one core's tokenizing; what is tokenized again after a kill
+COMPRESSED = (".gz", ".zst")
+HASH_BLOCK_BYTES = 1 << 20
+AMOUNTS = {"weight", "tokens"}  # of a source: they decide the plan, not the tokens
 
 
 @dataclass(frozen=True)
@@ -82,92 +40,204 @@ class SourceFile:
     size: int
 
 
-def source_files(source: TextSource | JsonlSource) -> list[SourceFile]:
-    """The files of a source, sorted by name; at least one. Raises DataError if the path is missing or empty."""
+@dataclass(frozen=True)
+class Unit:
+    """Whole files of a source, or the bytes `[begin, end)` of one."""
+
+    source: int
+    """Index of the source in the recipe."""
+    files: tuple[SourceFile, ...]
+    begin: int = 0
+    end: int | None = None
+    """null is the end of the files."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return (sum(file.size for file in self.files) if self.end is None else self.end) - self.begin
+
+
+def units(sources: Sequence[Source]) -> list[Unit]:
+    """The units of all sources, in the order that decides the documents' ids; about UNIT_BYTES each.
+
+    Text files are gathered, large JSON-lines files are divided between lines, and any other file is a unit.
+    """
+    return [unit for index, source in enumerate(sources) for unit in _units_of(source, index=index)]
+
+
+def _units_of(source: Source, *, index: int) -> Iterator[Unit]:
+    files = source_files(source)
+    if isinstance(source, TextSource):
+        yield from _gathered(files, index=index)
+        return
+    for file in files:
+        if isinstance(source, JsonlSource) and file.path.suffix not in COMPRESSED and file.size > UNIT_BYTES:
+            for begin in range(0, file.size, UNIT_BYTES):
+                yield Unit(index, (file,), begin, min(begin + UNIT_BYTES, file.size))
+        else:
+            yield Unit(index, (file,))
+
+
+def _gathered(files: list[SourceFile], *, index: int) -> Iterator[Unit]:
+    """Units of whole files; a file larger than a unit is one of its own."""
+    gathered: list[SourceFile] = []
+    size = 0
+    for file in files:
+        if gathered and size + file.size > UNIT_BYTES:
+            yield Unit(index, tuple(gathered))
+            gathered, size = [], 0
+        gathered.append(file)
+        size += file.size
+    yield Unit(index, tuple(gathered))
+
+
+def content_hash(unit: Unit) -> str:
+    """xxh3 (hex) of the unit's bytes; reading them costs about 1 % of tokenizing them."""
+    hasher = xxhash.xxh3_128()
+    for file in unit.files:
+        try:
+            with file.path.open("rb") as opened:
+                opened.seek(unit.begin)
+                left = unit.size if unit.end is not None else file.size
+                while left > 0 and (block := opened.read(min(left, HASH_BLOCK_BYTES))):
+                    hasher.update(block)
+                    left -= len(block)
+        except OSError as error:
+            raise _unreadable(file.path, error) from error
+    return hasher.hexdigest()
+
+
+def changed_ns(unit: Unit) -> int:
+    """When the newest file of the unit was changed, in ns since the epoch."""
+    return max(file.path.stat().st_mtime_ns for file in unit.files)
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 (hex) over what decides the source's documents: its settings, and each file's relative path and size.
+
+    The folder's own path is left out: a copy elsewhere is the same source. An edit that keeps a file's size is seen by
+    `content_hash`, which is asked where a file is newer than what was made of it.
+    """
+    files = [[file.name, file.size] for file in source_files(source)]
+    return digest({"settings": source.model_dump(exclude={"path"}), "files": files})
+
+
+def unit_fingerprint(unit: Unit, *, source: Source) -> str:
+    """sha256 (hex) over what decides the tokens of a unit, but for its content and the tokenizer."""
+    files = [[file.name, file.size] for file in unit.files]
+    settings = source.model_dump(exclude={"path", *AMOUNTS})
+    return digest({"settings": settings, "files": files, "range": [unit.begin, unit.end]})
+
+
+def resolve_source_path(path: str) -> Path:
+    """The path behind a recipe's `path`: `python:stdlib` is this Python's standard library, `~` the home folder."""
+    if path == "python:stdlib":
+        return Path(sysconfig.get_path("stdlib"))
+    if path.startswith("python:"):
+        raise DataError(f"data source {path!r} is not known; the only one of its kind is python:stdlib")
+    return Path(path).expanduser()
+
+
+def source_files(source: Source) -> list[SourceFile]:
+    """The files of a source in order; at least one. Raises DataError if the path is missing or empty."""
     path = resolve_source_path(source.path)
+    match source:
+        case PackedSource():
+            return _packed_files(path)
+        case HuggingFaceSource():
+            return _hugging_face_files(source, path=path)
     try:
         if path.is_dir():
-            if isinstance(source, TextSource):
-                return _folder_files(source, folder=path)
-            raise DataError(f"data source {path} is a folder, and type jsonl reads one file; name the file")
+            return _folder_files(source, folder=path)
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise DataError(
             f"data source {path} does not exist; set data.sources[].path to a {source.type} file"
         ) from error
     except OSError as error:
-        raise DataError(f"data source {path} cannot be read: {error.strerror}; check its permissions") from error
+        raise _unreadable(path, error) from error
     if size == 0:
         raise DataError(f"data source {path} is empty; a source needs at least one document: name another file")
     return [SourceFile(path, path.name, size)]
 
 
-def _folder_files(source: TextSource, *, folder: Path) -> list[SourceFile]:
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"data source {path} cannot be read: {error.strerror or error}; check its permissions")
+
+
+def _folder_files(source: TextSource | JsonlSource | ParquetSource, *, folder: Path) -> list[SourceFile]:
     """The files of `folder` that match; links that lead out of it are not followed."""
     try:
         matches = list(folder.glob(source.glob))
     except (NotImplementedError, ValueError) as error:
         raise DataError(f"glob {source.glob!r} of {folder} is not one: {error}; write it like **/*.txt") from error
+    excluded = set(source.exclude) if isinstance(source, TextSource) else set()
     root, found = folder.resolve(), []
     for path in matches:
         relative = path.relative_to(folder)
-        if set(relative.parts) & set(source.exclude) or not path.resolve().is_relative_to(root) or not path.is_file():
+        if set(relative.parts) & excluded or not path.resolve().is_relative_to(root) or not path.is_file():
             continue
         found.append(SourceFile(path, relative.as_posix(), path.stat().st_size))
     if not any(file.size for file in found):
         raise DataError(
-            f"data source {folder} has no file with text that matches {source.glob!r} outside {list(source.exclude)} "
+            f"data source {folder} has no file with text that matches {source.glob!r} outside {sorted(excluded)} "
             f"({len(matches)} names match; empty files and links that lead out of the folder do not count); "
             "set data.sources[].glob"
         )
     return sorted(found, key=lambda file: file.name)
 
 
-def _read_text(path: Path, *, skip: bool) -> str | None:
-    """The file's text, or None where it is not UTF-8 and `skip` allows that."""
+def _packed_files(folder: Path) -> list[SourceFile]:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"data source {folder} has no {MANIFEST_NAME}; name a packed data set, made with `alst pack`")
+    return [SourceFile(folder / part.name, part.name, part.size_bytes) for part in manifest.parts]
+
+
+def _hugging_face_files(source: HuggingFaceSource, *, path: Path) -> list[SourceFile]:
+    """The Arrow files of a data set that `save_to_disk` wrote, or of one on the hub, in the library's cache."""
+    looks_local = path.exists() or path.is_absolute() or source.path.startswith((".", "~"))
+    paths = _saved_files(source, folder=path) if looks_local else _hub_files(source.model_dump_json())
     try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        if skip:
-            return None
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.start}); convert it, exclude it, or set on_undecodable: skip"
-        ) from error
+        files = [SourceFile(file, file.name, file.stat().st_size) for file in paths]
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions, or exclude it") from error
+        raise _unreadable(Path(str(error.filename)), error) from error
+    if not files:
+        raise DataError(f"data source {source.path} holds no rows; name another data set")
+    return files
 
 
-def _jsonl_documents(source: JsonlSource, *, path: Path, index: int) -> Iterator[RawDocument]:
-    """The texts of a JSON-lines file; blank lines and empty texts are passed over."""
+def _saved_files(source: HuggingFaceSource, *, folder: Path) -> list[Path]:
+    if splits := read_json(folder / "dataset_dict.json"):
+        folder = folder / _split_of(source, splits["splits"])
+    state = read_json(folder / "state.json")
+    if state is None:
+        raise DataError(f"data source {folder} has no state.json; name a folder that `save_to_disk` wrote, or the hub")
+    return [folder / entry["filename"] for entry in state["_data_files"]]
+
+
+@lru_cache(maxsize=8)  # asked for files, fingerprint and units; each time it would ask the hub
+def _hub_files(source_json: str) -> list[Path]:
+    source = HuggingFaceSource.model_validate_json(source_json)
+    if source.split and "[" in source.split:
+        raise DataError(f"split {source.split!r} is a slice; name the split, and say how much by weight or tokens")
+    import datasets
+
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    text = _text_of_line(line, where=f"{path} line {number}", column=source.text_column)
-                    if text:
-                        yield RawDocument(index, f"{path.name}:{number}", text)
-    except OSError as error:
-        raise DataError(f"data source {path} cannot be read: {error.strerror}; check its permissions") from error
-
-
-def _text_of_line(line: bytes, *, where: str, column: str) -> str:
-    """The text in one line of JSON; every way in which it can be missing is a DataError that names the line."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 (byte {error.start} of the line); convert the file") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}); every line must be one object") from error
-    if not isinstance(record, dict) or column not in record:
-        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where} has no column {column!r} but {keys}; set data.sources[].text_column")
-    text = record[column]
-    if not isinstance(text, str):
-        raise DataError(f"{where} has a {type(text).__name__} in column {column!r}; it must be a string")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+        found: Any = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+    except Exception as error:  # the library raises many kinds, from the hub, the network and the data
         raise DataError(
-            f"{where} has half a surrogate pair at character {error.start}, which is no text; repair or drop the line"
+            f"data set {source.path!r} cannot be loaded: {error}; set data.sources[].path, name, split and revision to "
+            "one on the hub, or to a folder that save_to_disk wrote"
         ) from error
-    return text
+    if isinstance(found, dict):
+        found = found[_split_of(source, list(found))]
+    return [Path(entry["filename"]) for entry in found.cache_files]
+
+
+def _split_of(source: HuggingFaceSource, splits: list[str]) -> str:
+    if source.split is None and len(splits) == 1:
+        return splits[0]
+    if source.split not in splits:
+        raise DataError(f"{source.path} has the splits {splits}, not {source.split!r}; set data.sources[].split to one")
+    return source.split

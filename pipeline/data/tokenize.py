@@ -1,327 +1,214 @@
-"""Texts become token ids: a tokenizer, trained or loaded, and a part file of uint32 tokens with its documents' lengths.
+"""Texts become token ids: one unit of work becomes one token part.
 
-First stage of packing: RawDocument -> part `tokens-00000-of-00001`. A part is two files and a completion record,
-written last: `.u32` holds the tokens of all its documents end to end, `.arrow` one row per document.
+Third stop of the data path: RawDocument, TokenizedDocument -> token part. Memory is bounded by a batch and the longest
+text.
 """
 
-import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from shutil import rmtree
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
-from pipeline.data.files import fill, read_json
-from pipeline.data.progress import PackProgress, ReportProgress
-from pipeline.data.sources import RawDocument, documents, source_bytes
+from pipeline.data.chat import ChatTemplate
+from pipeline.data.loss_runs import Runs, clipped, runs_of_mask
+from pipeline.data.packed_dataset import TOKEN_BYTES
+from pipeline.data.source_documents import RawDocument, TokenizedDocument, documents
+from pipeline.data.sources import Unit, content_hash
+from pipeline.data.token_parts import EVERY_TOKEN, ROW_SCHEMA, TokenPart, TokenRecord
 from pipeline.errors import DataError
 from pipeline.files import replaced, write_json
-from pipeline.recipe.schema import JsonlSource, TextSource, TrainTokenizer
+from pipeline.recipe.schema import Source
 
-END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARACTERS = 1 << 20  # the library's encodings take about 150 bytes per token while a batch is alive
 BATCH_DOCUMENTS = 1024
-TRAINING_TEXT_CHARACTERS = 1 << 18  # of one text; a single huge one must not be the whole training sample
+IDS = 1 << 32  # ids are below it: they are stored in 32 bits
 
-DOCUMENT_SCHEMA = pa.schema(
-    [("source", pa.int32()), ("name", pa.string()), ("first_token", pa.int64()), ("length", pa.int64())]
-)
-"""A row per document; its id is its row number. `first_token` is where it starts in a text that was cut."""
-
-AnySource = TextSource | JsonlSource
+AnyDocument = RawDocument | TokenizedDocument
+Advance = Callable[[int, int, int], None]
+"""Told of documents, tokens and bytes of text that were done."""
 
 
 @dataclass(frozen=True)
-class TokenRecord:
-    """The completion record of a token part."""
+class Encoder:
+    """What turns documents into tokens, and which ids there may be."""
 
-    key: str
-    """Digest of the inputs it was made from."""
-    texts: int
-    texts_without_tokens: int
-    files_skipped: int
-    """Not UTF-8, and passed over as the recipe says."""
-    documents: int
-    """Texts, after `max_document_tokens` cut the long ones."""
-    tokens: int
-    max_token_id: int
-    vocab_size: int
-    tokenizer_hash: str
+    tokenizer: Tokenizer | None
+    """None where every source is tokenized already"""
+    chat: ChatTemplate | None = None
+    separator_id: int | None = None
+    """Appended to every text that is no chat"""
+    vocab_limit: int | None = None
+    """Ids are below it; None is unknown"""
 
-
-def train_tokenizer(sources: Sequence[AnySource], *, settings: TrainTokenizer) -> Tokenizer:
-    """A byte-level BPE trained on about `sample_mib` of text, spread evenly over the sources; deterministic."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(training_texts(sources, budget=int(settings.sample_mib * 2**20)), trainer=trainer)
-    return tokenizer
-
-
-def training_texts(sources: Sequence[AnySource], *, budget: int) -> Iterator[str]:
-    """About `budget` characters of text, every n-th document: the head of an alphabet is not a fair sample."""
-    share = min(1.0, budget / max(1, sum(source_bytes(source) for source in sources)))
-    seen = taken = 0
-    for index, source in enumerate(sources):
-        for document in documents(source, index=index):
-            text = document.text[:TRAINING_TEXT_CHARACTERS]
-            if taken <= seen * share:
-                yield text
-                taken += len(text)
-            seen += len(document.text)
-
-
-def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer in a folder (its tokenizer.json), or on the hub. Raises DataError if there is none."""
-    folder = Path(name_or_path).expanduser()
-    looks_local = folder.exists() or folder.is_absolute() or name_or_path.startswith((".", "~"))
-    try:
-        if looks_local:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json" if folder.is_dir() else folder))
+    def encode(self, batch: Sequence[RawDocument]) -> list[TokenizedDocument]:
+        """Tokens of texts, and which of them count."""
+        assert self.tokenizer is not None
+        texts = [document.text for document in batch]
+        if any(document.counted is not None for document in batch):
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         else:
-            tokenizer = Tokenizer.from_pretrained(name_or_path)
-    except Exception as error:  # the library raises bare Exception, whatever went wrong
-        rule = "a folder with a tokenizer.json" if looks_local else "a hub name with a tokenizer.json, or a folder"
-        raise DataError(
-            f"tokenizer {name_or_path!r} cannot be loaded: {error}; set data.tokenizer to {rule}"
-        ) from error
-    tokenizer.no_truncation()  # some published tokenizers carry a limit of 512 tokens, or pad
-    tokenizer.no_padding()
-    return tokenizer
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._document(raw, encoding) for raw, encoding in zip(batch, encodings, strict=True)]
+
+    def _document(self, raw: RawDocument, encoding: Any) -> TokenizedDocument:
+        ids = list(encoding.ids)
+        if raw.counted is not None:
+            return TokenizedDocument(raw.name, np.array(ids, np.uint32), _counted(encoding.offsets, raw.counted))
+        if self.separator_id is not None and ids:
+            ids.append(self.separator_id)
+        return TokenizedDocument(raw.name, np.array(ids, np.uint32), None)
 
 
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """sha256 (hex) of the tokenizer's whole definition."""
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+def _counted(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Runs:
+    """The tokens that hold a character of one of the spans."""
+    begin, end = np.array(offsets, np.int64).reshape(-1, 2).T
+    starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
+    span = np.searchsorted(stops, begin, side="right")  # the first span that ends behind the token's beginning
+    inside = span < len(stops)
+    counts = inside & (end > begin)
+    counts[inside] &= end[inside] > starts[span[inside]]
+    return runs_of_mask(counts)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a folder that `AutoTokenizer.from_pretrained` loads, and replaces one that is there.
+def tokenize(unit: Unit, *, source: Source, encoder: Encoder, part: TokenPart, key: str, advance: Advance) -> None:
+    """Tokenizes all documents of `unit` into `part`, and records that it is whole.
 
-    Written here rather than by transformers, because a machine that packs need not have it.
-    """
-    config: dict[str, str | bool] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        config["eos_token"] = END_OF_TEXT
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    with replaced(temporary / "tokenizer.json") as path:
-        path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(temporary / "tokenizer_config.json", config)
-    if folder.exists():
-        rmtree(folder)
-    temporary.rename(folder)
-
-
-@dataclass(frozen=True)
-class TokenPart:
-    """Where a part of the tokens lies: `folder`, part `index` of `count`."""
-
-    folder: Path
-    index: int = 0
-    count: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"tokens-{self.index:05d}-of-{self.count:05d}"
-
-    @property
-    def tokens_path(self) -> Path:
-        return self.folder / f"{self.name}.u32"
-
-    @property
-    def record_path(self) -> Path:
-        return self.folder / f"{self.name}.json"
-
-    @property
-    def documents_path(self) -> Path:
-        return self.folder / f"{self.name}.arrow"
-
-    def record(self, *, key: str) -> TokenRecord | None:
-        """Its completion record, if it is complete and was made from the inputs that `key` stands for."""
-        value = read_json(self.record_path)
-        return TokenRecord(**value) if value and value.get("key") == key else None
-
-    def forget(self) -> None:
-        """Withdraws the completion record: first step of making the part again from other inputs."""
-        self.record_path.unlink(missing_ok=True)
-
-
-def tokenize(
-    sources: Sequence[AnySource],
-    *,
-    tokenizer: Tokenizer,
-    part: TokenPart,
-    key: str,
-    vocab_limit: int | None = None,
-    progress: ReportProgress | None = None,
-) -> TokenRecord:
-    """Tokenizes all documents of `sources` into `part`, in bounded memory, and records that it is whole.
-
-    `vocab_limit` is the model's vocab_size: a token id at or above it is a DataError that names the text. So are
-    sources without a single token.
+    A token id at or above `encoder.vocab_limit`, or below 0, is a DataError that names the text.
     """
     part.folder.mkdir(parents=True, exist_ok=True)
-    writer = _PartWriter(tokenizer, sources=sources, vocab_limit=vocab_limit, progress=progress)
+    content = content_hash(unit)
     with (
         replaced(part.tokens_path) as tokens_path,
+        replaced(part.runs_path) as runs_path,
         replaced(part.documents_path) as documents_path,
         tokens_path.open("wb") as tokens_file,
-        pa.ipc.new_stream(str(documents_path), DOCUMENT_SCHEMA) as rows,
+        runs_path.open("wb") as runs_file,
+        pa.ipc.new_stream(str(documents_path), ROW_SCHEMA) as rows,
     ):
-        for batch in _batches(writer.texts()):
-            writer.write(batch, tokens_file=tokens_file, rows=rows)
-    record = writer.record(key=key)
-    if not record.tokens:
-        raise DataError(
-            f"{len(sources)} sources hold no token ({record.files_skipped} files are not UTF-8 and were skipped); "
-            "set data.sources to texts"
-        )
-    write_json(part.record_path, asdict(record))
-    return record
+        writer = _PartWriter(unit, source.max_document_tokens, encoder.vocab_limit, tokens_file, runs_file, rows)
+        for batch, text_bytes in _batches(unit, source=source, encoder=encoder, on_skip=writer.skip):
+            before = writer.documents, writer.tokens
+            writer.write(batch)
+            advance(writer.documents - before[0], writer.tokens - before[1], text_bytes)
+    write_json(part.record_path, asdict(writer.record(key=key, content=content)))
+
+
+def _batches(
+    unit: Unit, *, source: Source, encoder: Encoder, on_skip: Callable[[str], None]
+) -> Iterator[tuple[list[TokenizedDocument], int]]:
+    """Batches of tokens, and the bytes they were made of."""
+    for batch in _bounded(documents(unit, source=source, chat=encoder.chat, on_skip=on_skip)):
+        texts = [document for document in batch if isinstance(document, RawDocument)]
+        tokens = [document for document in batch if isinstance(document, TokenizedDocument)]
+        text_bytes = sum(len(text.text.encode()) for text in texts)
+        token_bytes = sum(document.input_ids.nbytes for document in tokens)
+        yield tokens + (encoder.encode(texts) if texts else []), text_bytes + token_bytes
+
+
+def _bounded(found: Iterator[AnyDocument]) -> Iterator[list[AnyDocument]]:
+    """Batches that are bounded in documents and in characters or tokens; one document alone may be larger."""
+    batch: list[AnyDocument] = []
+    size = 0
+    for document in found:
+        length = len(document.text) if isinstance(document, RawDocument) else len(document.input_ids)
+        if batch and (len(batch) == BATCH_DOCUMENTS or size + length > BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += length
+    if batch:
+        yield batch
 
 
 class _PartWriter:
-    """Counts while it tokenizes: what the completion record and the progress line need."""
+    """Appends documents to the files of a part, and counts what its completion record needs."""
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        *,
-        sources: Sequence[AnySource],
+        unit: Unit,
+        max_document_tokens: int | None,
         vocab_limit: int | None,
-        progress: ReportProgress | None,
+        tokens_file: IO[bytes],
+        runs_file: IO[bytes],
+        rows: pa.RecordBatchStreamWriter,
     ) -> None:
-        self.tokenizer, self.sources, self.vocab_limit, self.progress = tokenizer, sources, vocab_limit, progress
-        self.bytes_total = sum(source_bytes(source) for source in sources)
-        self.bytes_done = self.files_skipped = self.texts_read = self.texts_without_tokens = 0
-        self.documents = self.tokens = 0
+        self._unit, self._most, self._limit = unit, max_document_tokens, vocab_limit
+        self._tokens_file, self._runs_file, self._rows = tokens_file, runs_file, rows
+        self.texts = self.texts_without_tokens = self.files_skipped = self.documents = self.tokens = 0
         self.max_token_id = -1
+        self._in_place: bool | None = None
+        """Whether the tokens stay in the unit's file; the first document tells."""
 
-    def texts(self) -> Iterator[RawDocument]:
-        for index, source in enumerate(self.sources):
-            yield from documents(source, index=index, on_skip=self._count_skipped)
-
-    def _count_skipped(self, name: str) -> None:
+    def skip(self, _: str) -> None:
+        """A file that is not UTF-8."""
         self.files_skipped += 1
 
-    def write(self, batch: list[RawDocument], *, tokens_file: IO[bytes], rows: pa.RecordBatchStreamWriter) -> None:
-        """Tokenizes a batch of texts and appends its tokens and its document rows."""
-        encodings = self.tokenizer.encode_batch_fast([text.text for text in batch], add_special_tokens=False)
-        table: list[tuple[int, str, int, int]] = []
-        for text, encoding in zip(batch, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            self.texts_read += 1
-            self.texts_without_tokens += not len(ids)
-            self._check_ids(ids, text=text)
-            tokens_file.write(ids.tobytes())
-            table += self._cut(text, length=len(ids))
-        columns = zip(*table, strict=True) if table else ((),) * len(DOCUMENT_SCHEMA)
-        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, DOCUMENT_SCHEMA, strict=True)]
-        rows.write_batch(pa.record_batch(arrays, schema=DOCUMENT_SCHEMA))
+    def write(self, batch: list[TokenizedDocument]) -> None:
+        """Checks token ids, cuts what is too long, and appends."""
+        table: list[tuple[int, str, int, int, int, int]] = []
+        for document in batch:
+            self.texts += 1
+            self.texts_without_tokens += not len(document.input_ids)
+            self._check_ids(document)
+            table += self._cut(document, offset=self._stored(document))
+        columns = zip(*table, strict=True) if table else ((),) * len(ROW_SCHEMA)
+        arrays = [pa.array(column, kind.type) for column, kind in zip(columns, ROW_SCHEMA, strict=True)]
+        self._rows.write_batch(pa.record_batch(arrays, schema=ROW_SCHEMA))
         self.documents += len(table)
-        self.bytes_done += sum(len(text.text.encode()) for text in batch)
-        if self.progress:
-            self.progress(
-                PackProgress("tokenize", self.documents, self.tokens, self.bytes_done, max(self.bytes_total, 1))
-            )
 
-    def _check_ids(self, ids: NDArray[np.uint32], *, text: RawDocument) -> None:
+    def _check_ids(self, document: TokenizedDocument) -> None:
+        ids = document.input_ids
         self.tokens += len(ids)
-        largest = int(ids.max()) if len(ids) else -1
-        self.max_token_id = max(self.max_token_id, largest)
-        if self.vocab_limit is not None and largest >= self.vocab_limit:
+        if not len(ids):
+            return
+        largest = int(
+            np.maximum.reduce(ids.view(f"u{ids.itemsize}"))
+        )  # a negative id is a huge one: half the time of two looks
+        if largest >= min(self._limit or IDS, IDS):
+            wrong = int(ids.min()) if int(ids.min()) < 0 else largest
+            rule = "is no token" if wrong < 0 or wrong >= IDS else f"is outside the vocabulary of {self._limit}"
             raise DataError(
-                f"token id {largest} in {text.name} is outside the model's vocabulary of {self.vocab_limit}; "
-                "set data.tokenizer to the model's own, or raise model.config.vocab_size"
+                f"token id {wrong} in {document.name} {rule}; set data.tokenizer to the model's own, raise "
+                "model.config.vocab_size, or repair the row"
             )
+        self.max_token_id = max(self.max_token_id, largest)
 
-    def _cut(self, text: RawDocument, *, length: int) -> list[tuple[int, str, int, int]]:
-        """Rows of DOCUMENT_SCHEMA: documents of at most max_document_tokens, in order, without gap."""
-        step = self.sources[text.source].max_document_tokens or max(length, 1)
-        return [(text.source, text.name, first, min(step, length - first)) for first in range(0, length, step)]
+    def _stored(self, document: TokenizedDocument) -> int:
+        """Byte at which the tokens lie; they are written unless the unit's file holds them as they are."""
+        if self._in_place is None:
+            self._in_place = document.stored_at is not None
+        if not self._in_place:
+            offset = self._tokens_file.tell()
+            self._tokens_file.write(document.input_ids.astype(np.uint32, copy=False).data)
+            return offset
+        if document.stored_at is None:
+            raise DataError(f"{self._unit.files[0].path} is compressed in part; save it again without compression")
+        return document.stored_at
 
-    def record(self, *, key: str) -> TokenRecord:
+    def _cut(self, document: TokenizedDocument, *, offset: int) -> Iterator[tuple[int, str, int, int, int, int]]:
+        """Rows of ROW_SCHEMA: documents of at most max_document_tokens, in order, without gap."""
+        length = len(document.input_ids)
+        step = self._most or max(length, 1)
+        for first in range(0, length, step):
+            size, count = min(step, length - first), EVERY_TOKEN
+            if document.loss_runs is not None:
+                runs = clipped(document.loss_runs, start=first, stop=first + size)
+                self._runs_file.write(np.ascontiguousarray(runs, np.int32).tobytes())
+                count = len(runs)
+            yield self._unit.source, document.name, first, size, offset + TOKEN_BYTES * first, count
+
+    def record(self, *, key: str, content: str) -> TokenRecord:
         return TokenRecord(
             key=key,
-            texts=self.texts_read,
+            content=content,
+            texts=self.texts,
             texts_without_tokens=self.texts_without_tokens,
             files_skipped=self.files_skipped,
             documents=self.documents,
             tokens=self.tokens,
             max_token_id=self.max_token_id,
-            vocab_size=self.tokenizer.get_vocab_size(with_added_tokens=True),
-            tokenizer_hash=tokenizer_hash(self.tokenizer),
+            stored_in=str(self._unit.files[0].path.resolve()) if self._in_place else None,
         )
-
-
-def _batches(texts: Iterator[RawDocument]) -> Iterator[list[RawDocument]]:
-    """Batches that are bounded in documents and in characters; one text alone may be larger."""
-    batch: list[RawDocument] = []
-    characters = 0
-    for text in texts:
-        if batch and (len(batch) == BATCH_DOCUMENTS or characters + len(text.text) > BATCH_CHARACTERS):
-            yield batch
-            batch, characters = [], 0
-        batch.append(text)
-        characters += len(text.text)
-    if batch:
-        yield batch
-
-
-class TokenReader:
-    """All token parts, read by document. Close it, or use it in a `with`.
-
-    `lengths` int64 [documents]; a document's id counts over all parts in order.
-    """
-
-    def __init__(self, parts: Sequence[TokenPart]) -> None:
-        self._paths = [part.tokens_path for part in parts]
-        lengths = [read_document_rows(part.documents_path)["length"].to_numpy() for part in parts]
-        self.lengths: NDArray[np.int64] = np.concatenate(lengths)
-        self._first_document = np.cumsum([0, *(len(part) for part in lengths)])
-        self._offsets = np.concatenate([np.cumsum(part) - part for part in lengths])
-        self._descriptors: list[int] = []
-
-    def __enter__(self) -> "TokenReader":
-        self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
-
-    def read_into(self, target: NDArray[np.uint32], *, document: int, start: int) -> None:
-        """Fills `target` with the tokens of `document` from its token `start` on."""
-        part = int(np.searchsorted(self._first_document, document, side="right")) - 1
-        fill(
-            self._descriptors[part],
-            offset=4 * (int(self._offsets[document]) + start),
-            target=target.view(np.uint8).data,
-            path=self._paths[part],
-        )
-
-
-def read_document_rows(path: Path) -> pa.Table:
-    """The table of DOCUMENT_SCHEMA in `path`. Raises DataError if it is missing or damaged."""
-    try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_stream(source).read_all()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"document list {path} cannot be read ({error}); delete the data set and pack again") from error

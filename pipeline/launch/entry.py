@@ -14,7 +14,7 @@ from pipeline.errors import AlstError, UserError
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.run_dir import RunDir
 
-Stage = Literal["pack", "train", "check"]
+Stage = Literal["pack", "tokenize", "plan", "write", "finish", "train", "check"]
 
 LOGS = "ALST_LOGS"
 """Where a task of a job finds the folder of its start's logs."""
@@ -39,17 +39,10 @@ def run_task(plan_path: str, stage: Stage) -> None:
     sys.exit(code)
 
 
-def run_stage(plan_path: Path, stage: Stage) -> None:
-    """Run one stage here. Raises AlstError when it fails."""
-    plan = read_plan(plan_path)
-    run_dir = RunDir(plan_path.resolve().parent)
+def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
+    """Run one stage here, or task I of N of it. Raises AlstError when it fails."""
+    plan, run_dir = read_plan(plan_path), RunDir(plan_path.resolve().parent)
     match stage:
-        case "pack":
-            from pipeline.data.console import console_progress
-            from pipeline.data.pack import pack
-
-            with console_progress() as progress:
-                pack(plan.recipe, run_dir.packed(plan), progress=progress)
         case "train":
             take_rank_from_slurm()
             from pipeline.train.main import run
@@ -60,6 +53,25 @@ def run_stage(plan_path: Path, stage: Stage) -> None:
             from pipeline.train.cluster_check import check_cluster
 
             _as_rank(check_cluster, plan, run_dir)
+        case _:
+            run_pack(plan, run_dir.packed(plan), stage="all" if stage == "pack" else stage, task=task)
+
+
+def run_pack(plan: JobPlan, output: Path, *, stage: str = "all", task: str = "0/1") -> bool:
+    """Run a stage of packing, or task I of N of it; whether the data set is complete. Raises AlstError if it fails."""
+    from pipeline.data.console import console_progress
+    from pipeline.data.pack import pack, task_of
+
+    with console_progress() as progress:
+        manifest = pack(
+            plan.recipe,
+            output,
+            stage=stage,
+            task=task_of(task),
+            vocab_size=plan.model.vocab_size,
+            progress=progress,
+        )
+    return manifest is not None
 
 
 def _as_rank(work: Callable[[JobPlan, RunDir], None], plan: JobPlan, run_dir: RunDir) -> NoReturn:

@@ -9,6 +9,9 @@ from pipeline.plan.job import JobPlan, plan_job, read_plan
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.load import load
 
+OF_THE_MOMENTS = ("optimizer.name", "optimizer.states_dtype", "optimizer.weight_decay_on")
+"""What decides which moments there are, and how they are grouped. Rates and decay may change."""
+
 
 def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
     """The plan to go on with. Raises UserError if the folder holds no run, or if another model or data is asked for."""
@@ -20,14 +23,24 @@ def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
     plan = plan_job(recipe, shape=before.model if same_model else None)
     if plan.model != before.model:
         raise UserError(
-            f"{run_dir.path}: its checkpoints are of another model; leave model.* as it was: start a new run"
+            f"{run_dir.path}: its checkpoints are of another model; leave model.* as it was, or start a new run"
         )
-    if (plan.packing_key, plan.held_out) != (before.packing_key, before.held_out):
+    if (plan.packing_key, plan.sample_order) != (before.packing_key, before.sample_order):
         raise UserError(
-            f"{run_dir.path}: its place in the data means nothing in other samples; leave data.* and "
-            "evaluation.samples as they were (data.cross_document_attention may change), or start a new run"
+            f"{run_dir.path}: its place in the data means nothing in other samples or another order "
+            f"({plan.sample_order}; before: {before.sample_order}); leave data.* and "
+            "evaluation.samples as they were, or start a new run"
+        )
+    if changed := [name for name in OF_THE_MOMENTS if _value(plan, name) != _value(before, name)]:
+        raise UserError(
+            f"{run_dir.path}: its moments are of another optimizer; leave {', '.join(changed)} as it was, or export "
+            "the weights and start a new run"
         )
     return plan
+
+
+def _value(plan: JobPlan, name: str) -> object:
+    return getattr(plan.recipe.optimizer, name.removeprefix("optimizer."))
 
 
 def check_unfinished(plan: JobPlan, run_dir: RunDir) -> None:

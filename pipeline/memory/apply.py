@@ -48,7 +48,8 @@ def attach(model: PreTrainedModel, memory: MemoryRecipe, *, mlp_tile_tokens: int
     if memory.activation_checkpoint is not None:
         store = HostStore() if memory.activation_checkpoint.offload == "cpu" else DeviceStore()
         activation_checkpoint.attach(model, store=store)
-    tiled_loss.attach(model, tile_tokens=loss_tile_tokens)
+    kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
+    tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)
     return Attached(store, gathered_whole=(tiled_mlp.TiledMLP,) if memory.tiled_mlp is not None else ())
 
 

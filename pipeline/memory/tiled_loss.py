@@ -8,17 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.errors import RunError
+from pipeline.errors import RecipeError, RunError
 from pipeline.model.anatomy import backbone, lm_head
 
 IGNORE_INDEX = -100
+
+Kernel = Literal["own", "liger"]
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,20 @@ class _BackboneOutput:
         return self.last_hidden_state if index == 0 else None
 
 
-def attach(model: PreTrainedModel, *, tile_tokens: int) -> None:
+def attach(model: PreTrainedModel, *, tile_tokens: int, kernel: Kernel = "own") -> None:
     """The model's forward takes `labels` and returns the sum of the loss over this rank's valid labels.
 
     Labels are already shifted. Backbone, then head with labels, both inside one call of the model: around it, ZeRO-3
     under gradient accumulation would keep only the last micro-batch's gradient. Raises RunError for a model whose head
-    does what is not known here.
+    does what is not known here, RecipeError if the kernel cannot do it or is not installed.
     """
     transform = logits_transform(model)
+    if kernel == "liger":
+        require_liger(transform)
 
     def head_loss(self: nn.Linear, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if kernel == "liger":
+            return liger_loss(hidden_states, self.weight, self.bias, labels, softcap=transform.softcap)
         return tiled_loss(hidden_states, self.weight, self.bias, labels, tile_tokens=tile_tokens, transform=transform)
 
     def loss_sum(self: PreTrainedModel, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -222,3 +228,43 @@ def _tile_loss(
     if slope is not None:
         dz.mul_(slope)
     return loss, dz.mul_(transform.scale) if transform.scale != 1.0 else dz
+
+
+def require_liger(transform: LogitsTransform) -> None:
+    """Raises RecipeError if Liger's loss is not installed, or cannot do what the model does around its head."""
+    if transform.scale != 1.0:
+        raise RecipeError(
+            f"memory.tiled_loss.kernel = liger: must be own for a model that scales its logits, here by "
+            f"{transform.scale:g}; set memory.tiled_loss.kernel: own"
+        )
+    try:
+        import liger_kernel.transformers.functional  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(
+            f"memory.tiled_loss.kernel = liger: must be installed, and does not load ({error}); install liger-kernel, "
+            "or set memory.tiled_loss.kernel: own"
+        ) from None
+
+
+def liger_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    softcap: float | None,
+) -> torch.Tensor:
+    """As `tiled_loss`, by Liger's fused kernel; gradients of weight and bias are summed in float32 there, too."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    loss: torch.Tensor = liger_fused_linear_cross_entropy(
+        hidden_states.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        bias=bias,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        softcap=softcap,
+        accum_dtype=torch.float32,
+    )
+    return loss

@@ -1,5 +1,6 @@
 """The stock model of a recipe, with weights."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from pipeline.plan.model_shape import ModelShape
 from pipeline.plan.model_support import require_exact, require_supported
 from pipeline.recipe.schema import ModelRecipe
 
+TEXT_DECODER_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
+"""What a checkpoint of more than text calls its decoder of text -> what it is called where it stands alone."""
+
 
 def build_model(
     recipe: ModelRecipe, *, attention: str, seed: int, zero3: dict[str, Any] | None = None
@@ -18,7 +22,8 @@ def build_model(
     """Random weights from `seed`, or pretrained ones, in the recipe's dtype. `attention` names the implementation.
 
     With `zero3`, DeepSpeed's configuration, every parameter is partitioned as it is made (`zero.Init`): no rank ever
-    holds the whole model. Collective then. Raises RecipeError if transformers does not know or cannot load the model.
+    holds the whole model. Collective then. Raises RecipeError if transformers does not know the model, or cannot load
+    all of it.
     """
     config = transformers_config(recipe)
     options = {"attn_implementation": attention, "dtype": getattr(torch, recipe.dtype)}
@@ -29,9 +34,15 @@ def build_model(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                recipe.name_or_path, revision=recipe.revision, config=config, **options
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                recipe.name_or_path,
+                revision=recipe.revision,
+                config=config,
+                key_mapping=TEXT_DECODER_KEYS if "model_type" in recipe.config else None,
+                output_loading_info=True,
+                **options,
             )
+            _require_all_weights(recipe, loading["missing_keys"])
     except (OSError, ValueError) as error:
         raise RecipeError(f"model.name_or_path = {recipe.name_or_path!r}: {error}") from error
     finally:
@@ -53,11 +64,34 @@ def transformers_config(recipe: ModelRecipe) -> Any:
         config = CONFIG_MAPPING[model_type](**overrides)
     else:
         try:
-            config = AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision, **overrides)
+            config = _stored_config(recipe, overrides)
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.name_or_path = {recipe.name_or_path!r}: {error}") from error
     check_config(config)
     return config
+
+
+def _stored_config(recipe: ModelRecipe, overrides: dict[str, Any]) -> Any:
+    """The config of a folder or a hub model; that of its decoder of text alone, if the recipe asks for this type."""
+    asked = overrides.pop("model_type", None)
+    if asked is None:
+        return AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision, **overrides)
+    text = AutoConfig.from_pretrained(recipe.name_or_path, revision=recipe.revision).get_text_config()
+    if text.model_type != asked:
+        raise RecipeError(
+            f"model.config.model_type = {asked!r}: must be {text.model_type!r}, which {recipe.name_or_path} holds; "
+            "correct it, or leave it out"
+        )
+    return type(text).from_dict(text.to_dict(), **overrides)
+
+
+def _require_all_weights(recipe: ModelRecipe, missing: Collection[str]) -> None:
+    """Raises RecipeError if a parameter would begin with random numbers."""
+    if missing:
+        raise RecipeError(
+            f"model.name_or_path = {recipe.name_or_path!r}: must hold all weights, and has none for {len(missing)} "
+            f"parameters, e.g. {min(missing)}; name the model that they belong to, or set model.init: random"
+        )
 
 
 def check_shape(config: Any, shape: ModelShape) -> None:

@@ -26,7 +26,7 @@ from pipeline.model.parity import (
     train_stock,
 )
 from pipeline.model.tiny import configurations
-from pipeline.plan.model_support import Support, require_exact
+from pipeline.plan.model_support import MORE_THAN_TEXT, Support, require_exact
 
 BOUND = 1e-9
 """Largest relative difference in float64; what is right is below 1e-13."""
@@ -124,7 +124,7 @@ def _require_text_decoder(model_type: str, config: dict[str, Any]) -> None:
         raise RunError("an encoder and a decoder, not a decoder alone")
     text = whole.get_text_config()
     if text is not whole:
-        raise RunError(f"a model of more than text, whose decoder of text alone is {text.model_type}")
+        raise RunError(MORE_THAN_TEXT + text.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(whole)
     if not model._supports_attention_backend:

@@ -52,8 +52,8 @@ class CheckpointRecord:
     zero_stage: int
     packing_key: str
     """Names the packed data set; positions mean nothing in another one."""
-    held_out: int
-    """Samples of it that training leaves alone; positions mean other samples with another number."""
+    sample_order: str
+    """Names the order of its samples; positions mean other samples in another one."""
     commit: str
     saved_at: float
     """Unix seconds."""

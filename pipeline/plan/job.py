@@ -14,7 +14,7 @@ from pipeline.errors import RecipeError, UserError
 from pipeline.plan.flops import model_flops
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
 from pipeline.recipe.load import check
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import READING_KEYS, Recipe
 
 PLAN_VERSION = 1
 GIB = 2**30
@@ -66,9 +66,19 @@ class JobPlan:
         return recipe.samples if recipe is not None and recipe.packed is None else 0
 
     @property
+    def sample_order(self) -> str:
+        """Names the order in which training sees the samples of a packed data set: positions mean the same in it."""
+        data = self.recipe.data
+        told = f"{data.order}, {self.held_out} held out"
+        if data.order == "by_cost":
+            costs = "samples" if data.cross_document_attention else "documents"
+            told += f", {self.samples_per_step} a step, by cost of {costs}"
+        return told
+
+    @property
     def packing_key(self) -> str:
         """Names the packed data set: equal for recipes that ask for the same bytes."""
-        data = self.recipe.data.model_dump(mode="json", exclude={"cross_document_attention"})
+        data = self.recipe.data.model_dump(mode="json", exclude=set(READING_KEYS))
         asked = json.dumps({"data": data, "vocab_size": self.model.vocab_size}, sort_keys=True)
         return f"{self.seq_len}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
@@ -183,8 +193,23 @@ def _loss_tile_tokens(recipe: Recipe, shape: ModelShape, local_seq_len: int) -> 
     feature = recipe.memory.tiled_loss
     if feature is None:
         return local_seq_len
+    if feature.kernel == "liger":
+        return _liger_tile_tokens(feature.tile_tokens, shape, local_seq_len)
     automatic = max(1, LOGITS_TILE_BYTES // (4 * shape.vocab_size))
     return min(automatic if feature.tile_tokens == "auto" else feature.tile_tokens, local_seq_len)
+
+
+def _liger_tile_tokens(asked: int | str, shape: ModelShape, local_seq_len: int) -> int:
+    """What Liger takes, whatever is asked: a power of two near the tokens whose logits are as large as all hidden
+    states (liger-kernel 0.8, ops/fused_linear_cross_entropy.py)."""
+    fitting = ceil(local_seq_len / ceil(shape.vocab_size / shape.hidden_size))
+    tile_tokens = min(1 << (fitting - 1).bit_length(), local_seq_len)
+    if asked not in ("auto", tile_tokens):
+        raise RecipeError(
+            f"memory.tiled_loss.tile_tokens = {asked}: must be {tile_tokens}, as kernel liger chooses it; "
+            "set memory.tiled_loss.tile_tokens: auto"
+        )
+    return tile_tokens
 
 
 def _mlp_tile_tokens(recipe: Recipe, local_seq_len: int) -> int:

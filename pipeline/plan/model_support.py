@@ -22,6 +22,9 @@ ROPE_OF_THE_BATCH = {"dynamic", "longrope", "su"}
 """Rotary embeddings whose frequencies depend on the longest position in a batch."""
 
 
+MORE_THAN_TEXT = "a model of more than text, whose decoder of text alone is "
+
+
 @dataclass(frozen=True)
 class Support:
     """Whether a model type trains exactly, and if not, why."""
@@ -57,10 +60,11 @@ def require_supported(model_type: str) -> None:
             "or choose one that `alst models` lists"
         )
     if not found.supported:
-        raise RecipeError(
-            f"model_type = {model_type!r}: would not train exactly: {found.reason}; "
-            "choose a model that `alst models` lists as supported"
-        )
+        decoder = known.get(found.reason.removeprefix(MORE_THAN_TEXT))
+        remedy = "choose a model that `alst models` lists as supported"
+        if decoder is not None and decoder.supported:
+            remedy = f"set model.config.model_type={found.reason.removeprefix(MORE_THAN_TEXT)} to train that alone"
+        raise RecipeError(f"model_type = {model_type!r}: would not train exactly: {found.reason}; {remedy}")
 
 
 def require_exact(config: Mapping[str, Any]) -> None:

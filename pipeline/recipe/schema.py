@@ -54,9 +54,25 @@ class TrainTokenizer(Section):
     """How much of the sources the training reads."""
 
 
-class TextSource(Section):
-    """Plain text files: a file, or the files of a folder that match `glob`; one file is one document, cut at
-    `max_document_tokens`."""
+class AnySource(Section):
+    """What every source may say about how much of it is taken."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each document is taken: 2 is twice, 0.5 is half of the documents, chosen by seed."""
+    tokens: Count | None = None
+    """Take documents in a seeded order until about so many tokens; more than there are begins again."""
+    max_document_tokens: Count | None = None
+    """Longer texts become several documents."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "AnySource":
+        if self.tokens is not None and self.weight != 1.0:
+            raise ValueError(f"weight {self.weight} and tokens {self.tokens} both say how much; keep one of them")
+        return self
+
+
+class TextSource(AnySource):
+    """Plain text files: a file, or the files of a folder that match `glob`; one file is one text."""
 
     type: Literal["text"]
     path: str
@@ -64,32 +80,156 @@ class TextSource(Section):
     glob: str = "**/*.txt"
     exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Folder or file names that are passed over."""
-    max_document_tokens: Count | None = None
     on_undecodable: Literal["error", "skip"] = "error"
     """What to do with a file that is not UTF-8; skipped files are counted in the manifest."""
 
 
-class JsonlSource(Section):
-    """One JSON object per line; `text_column` holds the document."""
+class SourceColumns(Section):
+    """Which columns of a row hold what; a row is text, a chat (`roles`), or already tokenized (`input_ids`)."""
+
+    text: str | None = None
+    """null is `text`."""
+    input_ids: str | None = None
+    labels: str | None = None
+    """As long as input_ids and equal to them where the token counts, -100 where it does not."""
+    loss_mask: str | None = None
+    """As long as input_ids; 1 where the token counts, 0 where it does not."""
+    content: str | None = None
+    """Of a chat message; null is `content`."""
+
+
+class RowSource(AnySource):
+    """Rows with named columns."""
+
+    path: str
+    columns: SourceColumns = SourceColumns()
+    roles: dict[str, str] = {}
+    """Role of the chat template -> `messages.role.user` (column, key, value), or a column with that role's text."""
+
+    @property
+    def content(self) -> Literal["text", "chat", "tokens"]:
+        if self.roles:
+            return "chat"
+        return "tokens" if self.columns.input_ids else "text"
+
+    @model_validator(mode="after")
+    def _one_content(self) -> "RowSource":
+        columns = self.columns
+        if sum([bool(self.roles), columns.input_ids is not None, columns.text is not None]) > 1:
+            raise ValueError("roles, columns.input_ids and columns.text each say what a row is; keep one of them")
+        if columns.labels and columns.loss_mask:
+            raise ValueError("columns.labels and columns.loss_mask both say what counts; keep one of them")
+        if (columns.labels or columns.loss_mask) and not columns.input_ids:
+            raise ValueError("columns.labels and columns.loss_mask need columns.input_ids; name it, or remove them")
+        if columns.content and not self.roles:
+            raise ValueError("columns.content is a chat message's; set roles, or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _roles_agree(self) -> "RowSource":
+        origins = {tuple(value.split(".")[:-1]) for value in self.roles.values()}
+        if len(origins) > 1 or not all(len(origin) in (0, 2) for origin in origins):
+            raise ValueError(
+                f"roles {self.roles} must all be columns, or all <column>.<key>.<value> with one column and one key; "
+                "write e.g. {user: messages.role.user, assistant: messages.role.assistant}"
+            )
+        if self.roles and "assistant" not in self.roles:
+            raise ValueError(f"roles {sorted(self.roles)} name no assistant, whose tokens alone count; add it")
+        return self
+
+
+class JsonlSource(RowSource):
+    """One JSON object per line, in a file or the files of a folder that match `glob`; .gz and .zst are unpacked."""
 
     type: Literal["jsonl"]
+    glob: str = "**/*.jsonl*"
+
+
+class ParquetSource(RowSource):
+    """A Parquet file, or the files of a folder that match `glob`."""
+
+    type: Literal["parquet"]
+    glob: str = "**/*.parquet"
+
+
+class HuggingFaceSource(RowSource):
+    """A data set on the hub, or a folder that its `save_to_disk` wrote."""
+
+    type: Literal["huggingface"]
+    name: str | None = None
+    """The hub's configuration."""
+    split: str | None = None
+    """null is the only one there is."""
+    revision: str | None = None
+
+
+class PackedSource(AnySource):
+    """A packed data set of ours; its documents as they lie in its samples, with what counts of them."""
+
+    type: Literal["packed"]
     path: str
-    text_column: str = "text"
-    max_document_tokens: Count | None = None
 
 
-Source = Annotated[TextSource | JsonlSource, Field(discriminator="type")]
+Source = Annotated[
+    TextSource | JsonlSource | ParquetSource | HuggingFaceSource | PackedSource, Field(discriminator="type")
+]
+
+
+class LengthWeight(Section):
+    """Documents of `[from_tokens, to_tokens)` tokens are taken `weight` times as often."""
+
+    from_tokens: NonNegative = 0
+    to_tokens: Count | None = None
+    weight: Annotated[float, Field(ge=0)]
+
+
+class PackingRecipe(Section):
+    """Which documents become samples."""
+
+    shortest_document_tokens: Count
+    longest_document_tokens: Count | None
+    """Documents outside these two are dropped, and counted."""
+    length_weights: Annotated[tuple[LengthWeight, ...], Field(strict=False)]
+    unfilled_last: Literal["keep", "drop"]
+    """What to do with the sample that has most padding."""
 
 
 class DataRecipe(Section):
-    """Which documents, which tokenizer, how long a sample."""
+    """Which documents, which tokenizer, how long a sample, and how samples are read."""
 
     sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
-    tokenizer: str | TrainTokenizer
+    tokenizer: str | TrainTokenizer | None
+    """Hub name or folder; null where all sources are tokenized already."""
+    tokenizer_revision: str | None
+    separator: str | None
+    """Token that ends every text; its document's last token then predicts it. null is none."""
     seq_len: Annotated[int, Field(ge=2)]
     """Tokens per sample, over all SP ranks."""
-    cross_document_attention: bool
+    packing: PackingRecipe
     seed: NonNegative
+    cross_document_attention: bool
+    order: Literal["shuffled", "by_cost"]
+    """Of samples in training; by_cost gives a step samples of like sum of squared document lengths."""
+    prefetch: NonNegative
+    """Micro-batches read ahead in a thread."""
+    verify_checksums: bool
+    """Of every slice that training reads."""
+
+    @model_validator(mode="after")
+    def _texts_need_a_tokenizer(self) -> "DataRecipe":
+        texts = [source for source in self.sources if isinstance(source, TextSource | RowSource)]
+        untokenized = [source for source in texts if isinstance(source, TextSource) or source.content != "tokens"]
+        if self.tokenizer is None and (untokenized or self.separator):
+            what = f"source {untokenized[0].path!r} is text" if untokenized else f"separator {self.separator!r} is text"
+            raise ValueError(f"tokenizer is null and {what}; set data.tokenizer")
+        chats = [source.path for source in texts if isinstance(source, RowSource) and source.content == "chat"]
+        if chats and isinstance(self.tokenizer, TrainTokenizer):
+            raise ValueError(f"source {chats[0]!r} is a chat, and a trained tokenizer has no chat template; name one")
+        return self
+
+
+READING_KEYS = frozenset({"cross_document_attention", "order", "prefetch", "verify_checksums"})
+"""Of DataRecipe: how a packed data set is read; they change no byte of it."""
 
 
 class ParallelRecipe(Section):
@@ -101,6 +241,8 @@ class TiledLoss(Section):
     """Logits and loss a tile of tokens at a time (ALST §3.1)."""
 
     tile_tokens: Count | Auto
+    kernel: Literal["own", "liger"]
+    """What computes a tile: this project, or Liger's fused linear cross-entropy, which chooses its own tiles."""
 
 
 class TiledMLP(Section):
@@ -251,6 +393,16 @@ class Recipe(Section):
     evaluation: EvaluationRecipe | None
     tracking: TrackingRecipe
     hardware: HardwareRecipe
+
+    @model_validator(mode="after")
+    def _liger_needs_a_gpu(self) -> "Recipe":
+        loss = self.memory.tiled_loss
+        if loss is not None and loss.kernel == "liger" and self.hardware.gpu is Gpu.CPU:
+            raise ValueError(
+                "memory.tiled_loss.kernel liger needs a CUDA GPU, and hardware.gpu is cpu; "
+                "set memory.tiled_loss.kernel: own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _narrow_states_need_a_narrow_model(self) -> "Recipe":

@@ -248,7 +248,7 @@ class Checkpointer:
             sp=mesh.sp,
             zero_stage=plan.recipe.zero.stage,
             packing_key=plan.packing_key,
-            held_out=plan.held_out,
+            sample_order=plan.sample_order,
             commit=self._commit,
             saved_at=time.time(),
             files=(),

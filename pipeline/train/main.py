@@ -175,6 +175,9 @@ def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset, *, start: Cursor)
         steps=recipe.train.steps,
         seed=recipe.data.seed,
         cross_document_attention=recipe.data.cross_document_attention,
+        order=recipe.data.order,
+        prefetch=recipe.data.prefetch,
+        verify=recipe.data.verify_checksums,
         start=start,
         held_out=plan.held_out,
     )

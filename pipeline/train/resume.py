@@ -66,15 +66,34 @@ def load(resume: Resume, engine: Any, run_dir: RunDir, mesh: Mesh) -> None:
         folder = run_dir.checkpoints / f".universal-{folder.name}"
         if error := _from_rank_0(_convert(checkpoint.path, folder, mesh)):
             raise RunError(f"{checkpoint.path} could not be converted for {mesh.world_size} ranks: {error}")
+    asked = [{name: value for name, value in group.items() if name != "params"} for group in _groups(engine)]
     loaded, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED_NAME)
     if loaded is None:
         raise RunError(f"DeepSpeed did not load {checkpoint.path}, though its files are whole")
+    # Weight decay and the like are what the plan says now, not what it said when this was saved; and from a universal
+    # checkpoint at stage 3 DeepSpeed gives every group the first one's.
+    for group, options in zip(_groups(engine), asked, strict=True):
+        group.update(options)
+    _separate_step_counts(engine)
     if resume.universal:
         dist.barrier()
         if mesh.rank == 0:
             checkpoint_dir.remove_unfinished(run_dir.checkpoints)
     if checkpoint.record.world_size == mesh.world_size:  # other ranks have no generators that could go on
         set_random_state(torch.load(checkpoint.path / random_file(mesh.rank), weights_only=False))
+
+
+def _groups(engine: Any) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = engine.optimizer.param_groups
+    return groups
+
+
+def _separate_step_counts(engine: Any) -> None:
+    """From a universal checkpoint at stage 3 DeepSpeed gives all flat parameters one step tensor, and Adam counts it up
+    once for each of them."""
+    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _newest(run_dir: RunDir, mesh: Mesh) -> Path | None:
@@ -106,11 +125,11 @@ def _checked(path: Path, plan: JobPlan, mesh: Mesh) -> tuple[Checkpoint | None, 
 
 def _check_same_data(checkpoint: Checkpoint, plan: JobPlan) -> None:
     record = checkpoint.record
-    if (record.packing_key, record.held_out) != (plan.packing_key, plan.held_out):
+    if (record.packing_key, record.sample_order) != (plan.packing_key, plan.sample_order):
         raise UserError(
-            f"{checkpoint.path} was trained on packed data {record.packing_key} with {record.held_out} samples held "
-            f"out, the plan says {plan.packing_key} with {plan.held_out}: its place in the data means nothing there; "
-            "set data.* and evaluation.samples as they were, or start a new run"
+            f"{checkpoint.path} was trained on packed data {record.packing_key} ({record.sample_order}), the plan says "
+            f"{plan.packing_key} ({plan.sample_order}): its place in the data means nothing there; set data.* and "
+            "evaluation.samples as they were, or start a new run"
         )
 
 

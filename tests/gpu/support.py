@@ -15,6 +15,19 @@ from pipeline.attention.kernels.varlen import VarlenKernel
 from pipeline.attention.segments import Segments, segments_of
 
 NAMES = tuple(BACKENDS)
+
+
+def gpu_of_this_machine() -> str:
+    """hardware.gpu of a recipe for here; skips the test if the recipe has no name for this GPU."""
+    from pipeline.recipe.schema import Gpu  # needs pydantic, which the kernels' tests do without
+
+    name = torch.cuda.get_device_name()
+    for gpu in Gpu:
+        if gpu is not Gpu.CPU and gpu.value.partition("-")[0] in name:
+            return gpu.value
+    return pytest.skip(f"hardware.gpu has no name for {name}; there are {', '.join(Gpu)}")
+
+
 RELATIVE = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 """Largest error of a result, of norms, against float64 on the same rounded inputs."""
 

@@ -1,4 +1,4 @@
-"""The train job on one GPU: real kernels, real offload over PCIe, the self-check against the stock model, in bf16."""
+"""The train job, on two GPUs where there are two: real kernels, offload over PCIe, the self-check, in bfloat16."""
 
 import json
 import os
@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from tests.gpu.support import gpu_of_this_machine
 
 STEPS = 3
 
@@ -13,11 +16,12 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """`alst train tiny` on the GPU; its run folder and what it printed."""
-    pytest.importorskip("deepspeed")
+    for package in ("deepspeed", "pydantic"):
+        pytest.importorskip(package)
     runs = tmp_path_factory.mktemp("gpu") / "runs"
     overrides = [
-        "hardware.gpu=H200-141GB",
-        "hardware.gpus_per_node=1",
+        f"hardware.gpu={gpu_of_this_machine()}",
+        f"hardware.gpus_per_node={min(torch.cuda.device_count(), 2)}",
         "model.dtype=bfloat16",
         f"train.steps={STEPS}",
         "train.self_check.tolerance=3e-2",

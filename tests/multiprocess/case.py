@@ -5,6 +5,15 @@ from dataclasses import dataclass
 LOCAL_SEQ_LEN = {1: 119, 2: 61, 4: 31, 8: 15}
 """By sp. Odd, and no multiple of any tile."""
 
+FEATURES = {
+    "none": ("memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.activation_checkpoint=null"),
+    "loss": ("memory.tiled_mlp=null", "memory.activation_checkpoint=null"),
+    "mlp": ("memory.tiled_loss=null", "memory.activation_checkpoint=null"),
+    "checkpoint": ("memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.activation_checkpoint.offload=null"),
+    "all": (),
+}
+"""Overrides that leave each memory feature alone on."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -25,6 +34,8 @@ class Case:
     """What is broken on purpose: scale, boundary or mask. The suite must see it."""
     self_check: bool = False
     """Run the start-up check first; what follows must not notice."""
+    gpu: str = "cpu"
+    """hardware.gpu; the same for all cases of a launch."""
 
     @property
     def ranks(self) -> int:

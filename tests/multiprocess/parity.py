@@ -25,7 +25,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
-from pipeline.attention.kernels import cpu
+from pipeline.attention.kernels import AttentionKernel, choose, cpu, needs_of
 from pipeline.attention.kernels.cpu import CpuKernel
 from pipeline.attention.segments import Segments, segments_of
 from pipeline.data.batch import IGNORE_INDEX, Batch
@@ -36,6 +36,7 @@ from pipeline.model.parity import NothingBelowFloat64
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.recipe.load import load
+from pipeline.recipe.schema import Gpu
 from pipeline.train import step as step_module
 from pipeline.train.engine import create_engine, init_distributed, loss_scale, zero3_config
 from pipeline.train.self_check import self_check, shard_of_sample
@@ -70,6 +71,7 @@ def plan_of(case: Case, weights: Path) -> JobPlan:
         f"data.seq_len={case.seq_len}",
         f"parallel.sp={case.sp}",
         f"hardware.gpus_per_node={case.ranks}",
+        f"hardware.gpu={case.gpu}",
         f"zero.stage={case.stage}",
         f"train.grad_accumulation={case.accumulation}",
         f"train.self_check={{tokens: {case.seq_len}, tolerance: 3e-6}}",
@@ -192,7 +194,8 @@ def distributed(
         model = in_dtype(model, torch.float64)
     attached = attach_features(model, plan)
     engine = create_engine(model, plan, attached) if case.engine else None
-    trainee = Trainee(engine, plan, mesh, CpuKernel(), torch.device("cpu"))
+    device = device_of(plan)
+    trainee = Trainee(engine, plan, mesh, kernel_of(model, plan, device), device)
     if case.self_check:
         self_check(trainee, samples[0][0])
     for step in samples:
@@ -201,6 +204,19 @@ def distributed(
         yield _engine_step(trainee, mine, valid) if case.engine else _plain_step(model, mine, valid)
     if engine is not None:
         engine.destroy()
+
+
+def device_of(plan: JobPlan) -> torch.device:
+    """The CPU, or this rank's GPU."""
+    return torch.device("cpu" if plan.recipe.hardware.gpu is Gpu.CPU else f"cuda:{os.environ['LOCAL_RANK']}")
+
+
+def kernel_of(model: Any, plan: JobPlan, device: torch.device) -> AttentionKernel:
+    """The CPU's algorithm, which runs anywhere, exactly; on a GPU in bfloat16, what a job would take there."""
+    if device.type == "cpu" or plan.recipe.model.dtype == "float32":
+        return CpuKernel()
+    needs = needs_of(model.config, dtype=getattr(torch, plan.recipe.model.dtype), sp=plan.sp)
+    return choose("auto", device=device, needs=needs).kernel
 
 
 def _engine_step(trainee: Trainee, inputs: list[dict[str, Any]], valid: int) -> tuple[float, dict[str, Any]]:
@@ -213,7 +229,7 @@ def _engine_step(trainee: Trainee, inputs: list[dict[str, Any]], valid: int) -> 
             for name, parameter in self.module.named_parameters():
                 grad = safe_get_full_grad(parameter)
                 # ZeRO-0 gives its own tensors, which clipping changes in place.
-                gradients[name] = grad if grad is None else grad.clone()
+                gradients[name] = grad if grad is None else grad.cpu().clone()
         update(self)
 
     engine.step = MethodType(taking_gradients, engine)
@@ -317,8 +333,11 @@ def main(cases_path: str, folder: str) -> None:
     if os.environ["RANK"] == "0":
         for name, path in weights.items():
             save_weights(name, path)
-    # Any plan for the CPU starts the process group.
-    init_distributed(plan_job(load("tiny", overrides=["hardware.gpus_per_node=1"])))
+    gpu = cases[0].gpu
+    if gpu != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Any plan for the hardware starts the process group.
+    init_distributed(plan_job(load("tiny", overrides=["hardware.gpus_per_node=1", f"hardware.gpu={gpu}"])))
     dist.barrier()
     register()
     meshes = {sp: create_mesh(sp) for sp in sorted({case.sp for case in cases})}

@@ -4,13 +4,22 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(module: str, *args: str, ranks: int, timeout: float, logs: Path) -> None:
-    """`python -m module args` once per rank. Fails with the end of the first bad rank's log, or at the timeout."""
+ON_CPU = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+def run_ranks(
+    module: str, *args: str, ranks: int, timeout: float, logs: Path, variables: Mapping[str, str] = ON_CPU
+) -> None:
+    """`python -m module args` once per rank, with `variables` in its environment.
+
+    Fails with the end of the first bad rank's log, or at the timeout.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -18,9 +27,7 @@ def run_ranks(module: str, *args: str, ranks: int, timeout: float, logs: Path) -
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
+        **variables,
         "PYTHONWARNINGS": "ignore",
     }
     files = [logs / f"rank{rank}.log" for rank in range(ranks)]

@@ -5,6 +5,7 @@ The cases here are picked by hand, each for a reason; `test_parity_pairs` covers
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.architectures import MAINSTREAM
 from tests.multiprocess.case import Case
-from tests.multiprocess.ranks import run_ranks
+from tests.multiprocess.ranks import ON_CPU, run_ranks
 
 FLOAT64_BOUND = 1e-9
 ROUNDINGS = 3.0  # within three times the stock model's own rounding in the same dtype
@@ -29,7 +30,7 @@ def check(results: dict[str, dict], case: Case) -> None:
     assert not result["zero_gradients"], result
 
 
-def run(cases: list[Case], *, ranks: int, folder: Path) -> dict[str, dict]:
+def run(cases: list[Case], *, ranks: int, folder: Path, variables: Mapping[str, str] = ON_CPU) -> dict[str, dict]:
     """Launch `ranks` processes once for all cases; results by the cases' names."""
     assert len({case.name for case in cases}) == len(cases), "two cases of one name"
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
@@ -40,6 +41,7 @@ def run(cases: list[Case], *, ranks: int, folder: Path) -> dict[str, dict]:
         ranks=ranks,
         timeout=START_SECONDS + SECONDS_PER_CASE * len(cases),
         logs=folder,
+        variables=variables,
     )
     return json.loads((folder / "results.json").read_text())
 

@@ -11,17 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.launch.snapshot import ROOT, commit
-from tests.multiprocess.case import Case
+from tests.multiprocess.case import FEATURES, Case
 from tests.multiprocess.test_parity import check, run
 
 RESULTS = ROOT / "benchmarks" / "results"
-FEATURES = {
-    "none": ("memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.activation_checkpoint=null"),
-    "loss": ("memory.tiled_mlp=null", "memory.activation_checkpoint=null"),
-    "mlp": ("memory.tiled_loss=null", "memory.activation_checkpoint=null"),
-    "checkpoint": ("memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.activation_checkpoint.offload=null"),
-    "all": (),
-}
 AXES: dict[str, tuple[Any, ...]] = {
     "sp": (1, 2, 4, 8),
     "dp": (1, 2),

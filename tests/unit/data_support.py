@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipeline.data.pack import pack
 from pipeline.data.packed_dataset import PackedDataset
-from pipeline.recipe.schema import DataRecipe, JsonlSource, ModelRecipe, Recipe
+from pipeline.recipe.schema import DataRecipe, JsonlSource, ModelRecipe, PackingRecipe, Recipe
 
 
 def number_tokenizer(folder: Path, *, vocab_size: int = 5000) -> str:
@@ -36,16 +36,24 @@ def write_corpus(path: Path, corpus: list[list[int]]) -> Path:
     return path
 
 
-def recipe_of(sources: Any, *, tokenizer: Any, seq_len: int, seed: int = 0, vocab_size: int | None = None) -> Recipe:
-    """A recipe with the two sections that packing reads."""
-    data = DataRecipe(
-        sources=tuple(sources), tokenizer=tokenizer, seq_len=seq_len, cross_document_attention=False, seed=seed
-    )
+def recipe_of(sources: Any, *, tokenizer: Any, seq_len: int, vocab_size: int | None = None, **settings: Any) -> Recipe:
+    """A recipe with the two sections that packing reads; `settings` are keys of `data`, or of `data.packing`."""
+    packing = {
+        "shortest_document_tokens": 1, "longest_document_tokens": None, "length_weights": (), "unfilled_last": "keep"
+    }  # fmt: skip
+    packing |= {name: settings.pop(name) for name in list(settings) if name in packing}
+    data = {
+        "tokenizer_revision": None, "separator": None, "seed": 0, "cross_document_attention": False,
+        "order": "shuffled", "prefetch": 1, "verify_checksums": True,
+    } | settings  # fmt: skip
     config = {"model_type": "llama"} | ({} if vocab_size is None else {"vocab_size": vocab_size})
     model = ModelRecipe(
         name_or_path=None, revision=None, init="random", config=config, dtype="float32", attention="auto"
     )
-    return Recipe.model_construct(name="test", data=data, model=model)
+    made = DataRecipe(
+        sources=tuple(sources), tokenizer=tokenizer, seq_len=seq_len, packing=PackingRecipe(**packing), **data
+    )
+    return Recipe.model_construct(name="test", data=made, model=model)
 
 
 def corpus_recipe(folder: Path, corpus: list[list[int]], *, seq_len: int, **settings: Any) -> Recipe:

@@ -38,6 +38,7 @@ LOGIN_LIBRARIES = {"pydantic", "yaml", "rich", "typer", "submitit"}
 OWNERS = {
     "mlflow": ("pipeline.metrics.tracker",),
     "deepspeed": ("pipeline.train",),
+    "liger_kernel": ("pipeline.memory.tiled_loss",),
     "submitit": ("pipeline.launch",),
     "typer": ("pipeline.cli",),
     "matplotlib": ("pipeline.metrics", "pipeline.data", "pipeline.bench"),

@@ -251,6 +251,42 @@ def test_an_output_that_cannot_be_written_is_refused(alst, tmp_path):
     assert "Traceback" not in outcome.err
 
 
+KEYS = {
+    "seq_len", "samples", "documents", "tokens", "tokens_in", "tokens_dropped", "documents_cut", "unfilled_fraction",
+    "loss_fraction", "checksums_ok",
+}  # fmt: skip
+
+
+def test_packing_in_stages_and_tasks_ends_in_a_data_set_that_can_be_looked_at(alst, tmp_path):
+    pytest.importorskip("tokenizers")
+    rows = [json.dumps({"ids": list(range(1, 2 + row % 7))}) for row in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    source = "{type: jsonl, path: a.jsonl, columns: {input_ids: ids}}"
+    asked = ("pack", "tiny", f"data.sources=[{source}]", "data.tokenizer=null", "data.seq_len=32", "--output", "packed")
+    for stage, task in (("tokenize", "1/2"), ("tokenize", "0/2"), ("plan", "0/1"), ("write", "1/2")):
+        outcome = alst(*asked, "--stage", stage, "--task", task, "--json")
+        assert json.loads(outcome.out) == {"stage": stage, "task": task, "complete": False}
+    assert_refused(alst("inspect", "packed"), "packing of it has not finished")
+    last = json.loads(alst(*asked, "--stage", "write", "--task", "0/2", "--json").out)
+    assert last.keys() >= KEYS
+    assert (last["seq_len"], last["tokens"], last["checksums_ok"]) == (32, last["tokens_in"], True)
+    assert json.loads(alst("inspect", "packed", "--json").out) == last
+    assert json.loads(alst("inspect", "packed", "--json", "--no-verify").out)["checksums_ok"] is None
+    assert alst("inspect", "packed", "--plot", "plot.png").code == 0
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    shown = json.loads(alst("inspect", "packed", "--sample", "1", "--json").out)
+    assert shown["documents"][0]["begins"].startswith("1")
+    assert "a.jsonl:" in alst("inspect", "packed", "--sample", "0").out
+    assert alst("inspect", "packed", "--sample", "99").code == 2
+
+
+def test_a_task_that_is_none_or_of_an_undivided_stage_is_refused(alst):
+    pytest.importorskip("tokenizers")
+    for stage, task, told in (("write", "2/2", "I/N"), ("write", "x", "I/N"), ("plan", "0/2", "is one task, not 2")):
+        outcome = alst("pack", "tiny", "--output", "packed", "--stage", stage, "--task", task)
+        assert_refused(outcome, told)
+
+
 # How it ends
 
 

@@ -92,9 +92,9 @@ def test_a_rank_reads_its_shard_and_one_token_more(dataset: PackedDataset, monke
     asked: list[tuple[int, int]] = []
     read = PackedDataset.read_tokens
 
-    def spy(self: PackedDataset, sample: int, start: int, stop: int) -> object:
+    def spy(self: PackedDataset, sample: int, start: int, stop: int, *, verify: bool) -> object:
         asked.append((start, stop))
-        return read(self, sample, start, stop)
+        return read(self, sample, start, stop, verify=verify)
 
     monkeypatch.setattr(PackedDataset, "read_tokens", spy)
     for rank in range(4):

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.data import write
+from pipeline.data.loss_runs import whole
 from pipeline.data.packed_dataset import PackedDataset, SampleContent, write_part
 from pipeline.errors import DataError
 from tests.unit.data_support import packed
@@ -51,7 +53,9 @@ def test_a_samples_numbers_follow_from_its_documents(dataset: PackedDataset) -> 
 
 def test_the_cost_of_a_long_document_does_not_overflow(tmp_path: Path) -> None:
     tokens, ends = np.zeros(100_000, np.uint32), np.array([0, 100_000], np.int32)
-    index = write_part(tmp_path / "part.arrow", samples=[SampleContent(tokens, ends, np.zeros(1, np.int64))])
+    index = write_part(
+        tmp_path / "part.arrow", samples=[SampleContent(tokens, ends, np.zeros(1, np.int64), whole(100_000))]
+    ).index
     assert index.cost.tolist() == [10**10]
 
 
@@ -79,8 +83,9 @@ def test_tokens_outside_the_data_set_are_not_read(dataset: PackedDataset, where:
         dataset.read_tokens(*where)
 
 
-def test_more_samples_than_a_part_holds_make_several_parts(tmp_path: Path) -> None:
+def test_more_samples_than_a_part_holds_make_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(write, "PART_BYTES", 64 * 8 * 4)
     dataset = packed(tmp_path, [7] * 150, seq_len=8)
     assert [(part.name, part.samples) for part in dataset.manifest.parts] == [
         ("data-00000-of-00003.arrow", 64),
@@ -99,7 +104,7 @@ def test_a_flipped_bit_is_found_and_its_file_named(own_dataset: PackedDataset) -
     part.write_bytes(data)
     damaged = PackedDataset.open(own_dataset.folder)
     assert damaged.damaged_samples() == (3,)
-    with pytest.raises(DataError, match=r"1 samples .*sample 3; files data-00000-of-00001.arrow\); copy"):
+    with pytest.raises(DataError, match=r"1 samples .*sample 3\), in files data-00000-of-00001.arrow; copy"):
         damaged.verify()
 
 
@@ -134,7 +139,7 @@ def test_a_damaged_index_or_manifest_is_found_on_opening(own_dataset: PackedData
 def test_another_format_version_is_refused(own_dataset: PackedDataset) -> None:
     path = own_dataset.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(DataError, match=r"format version 99, and this version reads 1; pack"):
+    with pytest.raises(DataError, match=r"format version 99, and this version reads 2; pack"):
         PackedDataset.open(own_dataset.folder)
 
 

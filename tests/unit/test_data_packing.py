@@ -1,5 +1,6 @@
 """The packing plan: nothing lost, nothing twice, nothing cut without need, the same plan everywhere."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import packing
-from pipeline.data.packing import PackingPlan, check_plan, load_plan, plan_packing, save_plan, seeded_order
+from pipeline.data.packing import PackingPlan, Selection, check_plan, load_plan, plan_packing, save_plan, seeded_order
 from pipeline.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=60)  # samples of 16: many documents are longer than one
@@ -87,6 +88,51 @@ def test_the_seeded_order_is_a_permutation_that_never_changes() -> None:
     assert sorted(seeded_order(1000, seed=7).tolist()) == list(range(1000))
 
 
+@given(
+    lengths=LENGTHS,
+    seed=st.integers(0, 9),
+    drop_last=st.booleans(),
+    shortest=st.integers(1, 20),
+    longest=st.integers(20, 70) | st.none(),
+    data=st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_copy_of_a_document_is_packed_once_or_declared_dropped(
+    lengths: list[int], seed: int, drop_last: bool, shortest: int, longest: int | None, data: st.DataObject
+) -> None:
+    copies = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
+    selection = Selection(shortest=shortest, longest=longest, drop_last=drop_last)
+    fits = [shortest <= length <= (longest or length) for length in lengths]
+    try:
+        plan = plan_packing(np.array(lengths), seq_len=16, seed=seed, copies=np.array(copies), selection=selection)
+    except DataError:
+        kept = sum(copy * length for copy, length, fit in zip(copies, lengths, fits, strict=True) if fit)
+        assert kept == 0 or (drop_last and kept < 16)
+        return
+    seen: Counter[tuple[int, int]] = Counter()
+    for sample in rows(plan):
+        assert sum(stop - start for _, start, stop in sample) <= 16
+        seen.update((document, token) for document, start, stop in sample for token in range(start, stop))
+    for document, (copy, length, fit) in enumerate(zip(copies, lengths, fits, strict=True)):
+        counts = [seen[document, token] for token in range(length)]
+        assert max(counts) <= (copy if fit else 0)
+        assert plan.dropped.get("unfilled_last_sample") or set(counts) == {copy if fit else 0}
+    tokens = [copy * length for copy, length in zip(copies, lengths, strict=True)]
+    short = [count for count, length in zip(tokens, lengths, strict=True) if length < shortest]
+    assert plan.dropped["documents_too_short"] == sum(short)
+    assert plan.tokens_in == sum(tokens) == plan.tokens + plan.tokens_dropped
+    if drop_last:
+        sizes = [sum(stop - start for _, start, stop in sample) for sample in rows(plan)]
+        assert min(sizes) >= plan.dropped.get("unfilled_last_sample", 16)
+
+
+def test_dropping_the_only_sample_or_every_document_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"has 5 of 8 tokens, and data.packing.unfilled_last: drop .*set it to keep"):
+        plan_packing(np.array([5]), seq_len=8, seed=0, selection=Selection(drop_last=True))
+    with pytest.raises(DataError, match=r"0 of 2 documents are left .*data.packing"):
+        plan_packing(np.array([5, 6]), seq_len=8, seed=0, selection=Selection(longest=4))
+
+
 @pytest.mark.parametrize("lengths", [[], [3, 0, 2], [-1]])
 def test_no_documents_or_one_without_tokens_is_an_error(lengths: list[int]) -> None:
     with pytest.raises(DataError, match=r"at least one"):
@@ -96,7 +142,8 @@ def test_no_documents_or_one_without_tokens_is_an_error(lengths: list[int]) -> N
 def test_a_plan_that_loses_repeats_or_overfills_is_refused() -> None:
     lengths = np.array([5, 20, 3, 7])
     plan = plan_packing(lengths, seq_len=8, seed=0)
-    check_plan(plan, lengths=lengths)
+    once = np.ones(4, np.int64)
+    check_plan(plan, lengths=lengths, copies=once)
     row = int(np.flatnonzero(plan.document == 0)[0])
     shorter, longer = plan.stop.copy(), plan.stop.copy()
     shorter[row] -= 1
@@ -109,12 +156,12 @@ def test_a_plan_that_loses_repeats_or_overfills_is_refused() -> None:
         replace(plan, stop=longer),
         replace(plan, document=moved),
         replace(plan, sample_offsets=merged),
-        replace(plan, tokens_dropped=1),
+        replace(plan, dropped={"by nobody": 1}),
     ):
         with pytest.raises(DataError, match=r"the packing plan is wrong: .*; delete it"):
-            check_plan(wrong, lengths=lengths)
-    with pytest.raises(DataError, match=r"other documents"):
-        check_plan(plan, lengths=lengths[:-1])
+            check_plan(wrong, lengths=lengths, copies=once)
+    with pytest.raises(DataError, match=r"too many or too few pieces"):
+        check_plan(plan, lengths=lengths[:-1], copies=once[:-1])
 
 
 def test_a_saved_plan_is_loaded_equal_and_equal_plans_are_equal_bytes(tmp_path: Path) -> None:
@@ -133,7 +180,7 @@ def test_a_plan_that_is_missing_damaged_or_of_another_version_is_an_error(
         load_plan(path)
     save_plan(plan_packing(np.arange(1, 9), seq_len=8, seed=0), path)
     monkeypatch.setattr(packing, "PLANNER_VERSION", packing.PLANNER_VERSION + 1)
-    with pytest.raises(DataError, match=r"planner version 1, and this one reads 2"):
+    with pytest.raises(DataError, match=r"planner version 2, and this one reads 3"):
         load_plan(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"is damaged"):

@@ -2,13 +2,16 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.data.sources import documents, fingerprint, resolve_source_path
+from pipeline.data.source_documents import documents as documents_of
+from pipeline.data.sources import fingerprint, resolve_source_path, units
 from pipeline.errors import DataError
-from pipeline.recipe.schema import JsonlSource, TextSource
+from pipeline.recipe.schema import JsonlSource, Source, TextSource
 
 
 def text_source(path: Path | str, **settings: object) -> TextSource:
@@ -17,6 +20,11 @@ def text_source(path: Path | str, **settings: object) -> TextSource:
 
 def jsonl_source(path: Path | str, **settings: object) -> JsonlSource:
     return JsonlSource.model_validate({"type": "jsonl", "path": str(path), **settings})
+
+
+def documents(source: Source, **settings: Any) -> Iterator[Any]:
+    """The documents of all units of a source."""
+    return (document for unit in units([source]) for document in documents_of(unit, source=source, **settings))
 
 
 def write_tree(root: Path, files: dict[str, str]) -> Path:
@@ -39,11 +47,6 @@ def test_excluded_names_are_passed_over_anywhere_in_the_path(tmp_path: Path) -> 
     assert found == ["keep.txt", "skipper.txt"]
 
 
-def test_empty_files_in_a_folder_are_no_documents(tmp_path: Path) -> None:
-    write_tree(tmp_path, {"a.txt": "", "b.txt": "B"})
-    assert [document.name for document in documents(text_source(tmp_path))] == ["b.txt"]
-
-
 def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     write_tree(tmp_path, {"in/a.txt": "A", "out/secret.txt": "S"})
     (tmp_path / "in" / "file.txt").symlink_to(tmp_path / "out" / "secret.txt")
@@ -57,14 +60,14 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path) -> N
 def test_a_file_is_one_document_with_its_bytes_kept(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_bytes("\r\n é\n".encode())
-    assert [(d.source, d.name, d.text) for d in documents(text_source(path), index=3)] == [(3, "one.txt", "\r\n é\n")]
+    assert [(d.name, d.text) for d in documents(text_source(path))] == [("one.txt", "\r\n é\n")]
 
 
-def test_json_lines_yield_one_document_per_line_and_pass_over_blank_and_empty_ones(tmp_path: Path) -> None:
+def test_json_lines_yield_one_document_per_line_and_pass_over_blank_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "x"}\n\n{"body": ""}\n{"body": "y", "text": 1}')
-    found = [(document.name, document.text) for document in documents(jsonl_source(path, text_column="body"))]
-    assert found == [("a.jsonl:1", "x"), ("a.jsonl:4", "y")]
+    found = [(document.name, document.text) for document in documents(jsonl_source(path, columns={"text": "body"}))]
+    assert found == [("a.jsonl:1", "x"), ("a.jsonl:3", ""), ("a.jsonl:4", "y")]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +112,11 @@ def test_an_impossible_glob_is_an_error_that_quotes_it(tmp_path: Path, glob: str
         list(documents(text_source(tmp_path, glob=glob)))
 
 
-def test_a_folder_where_json_lines_are_wanted_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is a folder, and type jsonl reads one file"):
-        list(documents(jsonl_source(tmp_path)))
+def test_the_json_lines_of_a_folder_are_read_file_by_file(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"b.jsonl": '{"text": "B"}\n', "a/a.jsonl": '{"text": "A"}\n', "c.txt": "no"})
+    assert [(d.name, d.text) for d in documents(jsonl_source(tmp_path))] == [("a/a.jsonl:1", "A"), ("b.jsonl:1", "B")]
+    with pytest.raises(DataError, match=r"no file with text that matches '\*.json'"):
+        list(documents(jsonl_source(tmp_path, glob="*.json")))
 
 
 def test_a_file_that_is_not_utf8_is_an_error_or_is_skipped_and_counted(tmp_path: Path) -> None:

@@ -1,26 +1,24 @@
 """Tokenizing: the tokenizer is the same everywhere, tokens and document lengths agree, a part is whole or absent."""
 
-import json
 import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from pipeline.data import tokenize as module
-from pipeline.data.progress import PackProgress
-from pipeline.data.tokenize import (
+from pipeline.data import tokenizer as tokenizer_module
+from pipeline.data.sources import units
+from pipeline.data.token_parts import TokenPart, TokenReader, TokenRecord, read_document_rows
+from pipeline.data.tokenize import Encoder, tokenize
+from pipeline.data.tokenizer import (
     END_OF_TEXT,
-    TokenPart,
-    TokenReader,
-    TokenRecord,
     load_tokenizer,
-    read_document_rows,
     save_tokenizer,
-    tokenize,
     tokenizer_hash,
     train_tokenizer,
     training_texts,
@@ -40,9 +38,17 @@ def jsonl(path: Path, **settings: object) -> JsonlSource:
     return JsonlSource.model_validate({"type": "jsonl", "path": str(path), **settings})
 
 
-def run(source: JsonlSource, folder: Path, **settings: object) -> TokenRecord:
-    tokenizer = load_tokenizer(number_tokenizer(folder / "numbers"))
-    return tokenize([source], tokenizer=tokenizer, part=TokenPart(folder), key="key", **settings)  # type: ignore[arg-type]
+def run(
+    source: Any, folder: Path, *, separator_id: int | None = None, vocab_limit: int | None = None, **settings: Any
+) -> TokenRecord:
+    """The source's only unit, tokenized by numbers."""
+    encoder = Encoder(load_tokenizer(number_tokenizer(folder / "numbers")), None, separator_id, vocab_limit)
+    (unit,) = units([source])
+    advance = settings.get("advance", lambda *_: None)
+    tokenize(unit, source=source, encoder=encoder, part=TokenPart(folder), key="key", advance=advance)
+    record = TokenPart(folder).record(key="key", unit=unit)
+    assert record
+    return record
 
 
 def read(folder: Path) -> list[list[int]]:
@@ -50,15 +56,15 @@ def read(folder: Path) -> list[list[int]]:
     with TokenReader([TokenPart(folder)]) as reader:
         found = []
         for document, length in enumerate(reader.lengths):
-            tokens = np.empty(length, np.uint32)
-            reader.read_into(tokens, document=document, start=0)
+            tokens, zero = np.empty(length, np.uint32), np.zeros(1, np.int64)
+            reader.read_into(tokens, document=np.array([document]), start=zero, ends=np.array([length]))
             found.append(tokens.tolist())
     return found
 
 
 def test_the_trained_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
     code = (
-        "from pipeline.data.tokenize import *; from pipeline.recipe.schema import *\n"
+        "from pipeline.data.tokenizer import *; from pipeline.recipe.schema import *\n"
         "source = TextSource(type='text', path='python:stdlib', glob='json/*.py')\n"
         "settings = TrainTokenizer(vocab_size=400, sample_mib=1.0)\n"
         "print(tokenizer_hash(train_tokenizer([source], settings=settings)))"
@@ -116,10 +122,10 @@ def test_a_tokenizer_that_is_not_there_is_an_error_that_names_it(
 
     class NoHub:
         @staticmethod
-        def from_pretrained(name: str) -> Tokenizer:
+        def from_pretrained(name: str, revision: str) -> Tokenizer:
             raise Exception("offline")
 
-    monkeypatch.setattr(module, "Tokenizer", NoHub)
+    monkeypatch.setattr(tokenizer_module, "Tokenizer", NoHub)
     with pytest.raises(DataError, match=r"'org/model' cannot be loaded: offline; set data.tokenizer"):
         load_tokenizer("org/model")
 
@@ -156,17 +162,17 @@ def test_batches_are_bounded_and_change_nothing(tmp_path: Path, monkeypatch: pyt
     corpus = numbered_documents([5] * 20)
     source = jsonl(write_corpus(tmp_path / "c.jsonl", corpus))
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 3)
-    reports: list[PackProgress] = []
-    run(source, tmp_path / "work", progress=reports.append)
+    reports: list[tuple[int, int, int]] = []
+    run(source, tmp_path / "work", advance=lambda *done: reports.append(done))
     assert read(tmp_path / "work") == corpus
-    assert [report.documents for report in reports] == [3, 6, 9, 12, 15, 18, 20]
-    assert reports[-1].tokens == 100
-    assert reports[-1].bytes_done <= reports[-1].bytes_total
+    assert [documents for documents, _, _ in reports] == [3, 3, 3, 3, 3, 3, 2]
+    assert sum(tokens for _, tokens, _ in reports) == 100
+    assert sum(size for _, _, size in reports) <= Path(source.path).stat().st_size
 
 
 def test_a_token_id_outside_the_models_vocabulary_is_an_error_that_names_the_text(tmp_path: Path) -> None:
     source = jsonl(write_corpus(tmp_path / "c.jsonl", numbered_documents([5, 5])))
-    with pytest.raises(DataError, match=r"token id 10 in c.jsonl:2 is outside the model's vocabulary of 10; set"):
+    with pytest.raises(DataError, match=r"token id 10 in c.jsonl:2 is outside the vocabulary of 10; set"):
         run(source, tmp_path / "work", vocab_limit=10)
     assert run(source, tmp_path / "work", vocab_limit=11).max_token_id == 10
 
@@ -180,11 +186,3 @@ def test_a_part_that_fails_midway_leaves_nothing_that_looks_whole(
     with pytest.raises(DataError, match=r"line 11"):
         run(jsonl(path), tmp_path / "work")
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["numbers"]
-
-
-def test_sources_without_a_single_token_are_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "c.jsonl"
-    path.write_text(json.dumps({"text": " "}))
-    with pytest.raises(DataError, match=r"hold no token"):
-        run(jsonl(path), tmp_path / "work")
-    assert TokenPart(tmp_path / "work").record(key="key") is None

@@ -1,5 +1,7 @@
 """Each memory feature against the stock model on one rank: loss, every gradient, parameter names, bytes held."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -350,3 +352,14 @@ def test_a_factor_on_the_loss_does_not_bias_bfloat16_gradients(factor):
     for scaled, plain in zip(gradients(factor), gradients(1.0), strict=True):
         projected = float((scaled * plain).sum() / (plain * plain).sum())
         assert projected == pytest.approx(factor, rel=5e-4)
+
+
+def test_liger_is_refused_where_logits_are_scaled():
+    with pytest.raises(RecipeError, match=r"kernel = liger: must be own for a model that scales its logits, here by 3"):
+        tiled_loss.require_liger(LogitsTransform(scale=3.0))
+
+
+def test_liger_is_refused_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(RecipeError, match=r"kernel = liger: must be installed, .*install liger-kernel"):
+        tiled_loss.attach(llama(), tile_tokens=4, kernel="liger")

@@ -31,7 +31,7 @@ def save(folder: Path, step: int) -> Checkpoint:
         sp=2,
         zero_stage=3,
         packing_key="128-abc",
-        held_out=0,
+        sample_order="shuffled, 0 held out",
         commit="0123",
         saved_at=1.5,
         files=(SavedFile("deepspeed/part.pt", len(CONTENT), zlib.crc32(CONTENT)),),
@@ -169,6 +169,25 @@ def test_another_model_is_refused(run_dir, override):
 def test_other_samples_are_refused(run_dir, override):
     with pytest.raises(UserError, match="place in the data"):
         resumed_plan(run_dir, [override])
+
+
+def test_an_order_by_cost_needs_steps_of_as_many_samples(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALST_RUNS", str(tmp_path))
+    run_dir = create_run_dir(plan_job(load("tiny", overrides=["data.order=by_cost", "train.grad_accumulation=2"])))
+    same = resumed_plan(run_dir, ["parallel.sp=1", "train.grad_accumulation=1"])
+    assert same.samples_per_step == 2
+    with pytest.raises(UserError, match="2 a step"):
+        resumed_plan(run_dir, ["train.grad_accumulation=1"])
+
+
+@pytest.mark.parametrize("override", ["optimizer.name=sgd", "optimizer.weight_decay_on=all"])
+def test_another_optimizer_is_refused(run_dir, override):
+    with pytest.raises(UserError, match="of another optimizer"):
+        resumed_plan(run_dir, [override])
+
+
+def test_rates_and_decay_may_change(run_dir):
+    assert resumed_plan(run_dir, ["optimizer.lr=1e-4", "optimizer.weight_decay=0.5"]).recipe.optimizer.lr == 1e-4
 
 
 def test_a_run_that_is_done_is_not_started_again(run_dir):

@@ -113,6 +113,30 @@ def test_an_automatic_loss_tile_holds_the_most_tokens_that_fit_its_bytes(vocab_s
     assert (plan.loss_tile_tokens + 1) * bytes_per_token > LOGITS_TILE_BYTES
 
 
+LIGER = ("memory.tiled_loss.kernel=liger", "hardware.gpu=H100-80GB")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "seq_len", "tile"), [(128256, 32768, 32), (8192, 32768, 256), (8192, 1000, 8), (100, 4096, 2048)]
+)
+def test_liger_chooses_its_own_loss_tile_and_the_plan_knows_it(vocab_size, seq_len, tile):
+    """At hidden size 128 and sp = 2: 128,256 logits are as large as 1,002 hidden states; 16,384 / 1,002 is above 16."""
+    lengths = (f"data.seq_len={seq_len}", f"model.config.vocab_size={vocab_size}", "train.self_check=null")
+    plan = planned(*LIGER, *lengths, "memory.tiled_loss.tile_tokens=auto")
+    assert plan.loss_tile_tokens == tile
+    again = planned(*LIGER, *lengths, f"memory.tiled_loss.tile_tokens={tile}")
+    assert again.loss_tile_tokens == tile
+
+
+def test_a_loss_tile_that_liger_would_not_take_is_refused():
+    told = refusal(*LIGER, "memory.tiled_loss.tile_tokens=1000")
+    assert "memory.tiled_loss.tile_tokens = 1000: must be 256, as kernel liger chooses it" in told
+
+
+def test_liger_is_refused_without_a_gpu():
+    assert "memory.tiled_loss.kernel liger needs a CUDA GPU" in refusal("memory.tiled_loss.kernel=liger")
+
+
 def test_an_automatic_mlp_tile_is_long_and_never_longer_than_the_shard():
     overrides = ("memory.tiled_mlp.tile_tokens=auto", "train.self_check=null")
     assert planned(*overrides, "data.seq_len=4194304").mlp_tile_tokens == MLP_TILE_TOKENS
@@ -438,6 +462,10 @@ def test_a_plan_whose_numbers_were_changed_by_hand_is_refused(tmp_path):
         "data.tokenizer.vocab_size=4096",
         "data.tokenizer.sample_mib=8",
         "data.tokenizer=some/tokenizer",
+        "data.separator=x",
+        "data.sources.0.weight=2",
+        "data.packing.unfilled_last=drop",
+        "data.packing.length_weights=[{to_tokens: 100, weight: 0.5}]",
     ],
 )
 def test_what_changes_the_packed_bytes_changes_their_name(override):
@@ -460,6 +488,9 @@ def test_what_changes_the_packed_bytes_changes_their_name(override):
         "model.dtype=bfloat16",
         "tracking.mlflow=false",
         "data.cross_document_attention=true",
+        "data.order=by_cost",
+        "data.prefetch=4",
+        "data.verify_checksums=false",
     ],
 )
 def test_what_does_not_change_the_packed_bytes_keeps_their_name(override):

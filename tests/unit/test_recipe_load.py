@@ -183,7 +183,7 @@ def test_a_file_with_a_byte_order_mark_is_read(write):
             id="key of a feature",
         ),
         pytest.param(
-            "data.sources.0.text_column=x", "text_column", "does not go with the `type`", "remove it", id="other type's"
+            "data.sources.0.columns={}", "columns", "does not go with the `type`", "remove it", id="other type's"
         ),
         pytest.param("data.seq_len=32k", "'32k'", "a valid integer", "correct data.seq_len", id="unit"),
         pytest.param("data.seq_len=32768.0", "32768.0", "a valid integer", "correct data.seq_len", id="float for int"),
@@ -215,9 +215,56 @@ def test_a_file_with_a_byte_order_mark_is_read(write):
         pytest.param("data.sources=[]", "= []", "at least one", "correct data.sources", id="no sources"),
         pytest.param("data.sources=corpus", "'corpus'", "must be a list", "correct data.sources", id="word for a list"),
         pytest.param(
-            "data.sources.0.type=parquet", "'parquet'", "'text', 'jsonl'", "correct", id="unknown source type"
+            "data.sources.0.type=parquets",
+            "'parquets'",
+            "'text', 'jsonl', 'parquet'",
+            "correct",
+            id="unknown source type",
         ),
         pytest.param("data.sources=[{path: x}]", "data.sources.0", "type", "is missing; add it", id="no source type"),
+        pytest.param(
+            "data.sources=[{type: jsonl, path: a, weight: 2, tokens: 5}]",
+            "weight 2.0 and tokens 5",
+            "both say",
+            "keep one",
+            id="two amounts",
+        ),
+        pytest.param(
+            "data.sources=[{type: jsonl, path: a, roles: {user: q}}]",
+            "['user']",
+            "no assistant",
+            "add it",
+            id="no assistant",
+        ),
+        pytest.param(
+            "data.sources=[{type: jsonl, path: a, roles: {assistant: a.b}}]",
+            "a.b",
+            "must all be columns",
+            "write e.g.",
+            id="roles",
+        ),
+        pytest.param(
+            "data.sources=[{type: jsonl, path: a, roles: {assistant: a}, columns: {text: b}}]",
+            "roles",
+            "each say",
+            "keep one",
+            id="two kinds",
+        ),
+        pytest.param(
+            "data.sources=[{type: jsonl, path: a, columns: {loss_mask: m}}]",
+            "loss_mask",
+            "need columns.input_ids",
+            "name it",
+            id="mask alone",
+        ),
+        pytest.param(
+            "data.tokenizer=null",
+            "'python:stdlib' is text",
+            "tokenizer is null",
+            "set data.tokenizer",
+            id="no tokenizer",
+        ),
+        pytest.param("data.packing.unfilled_last=maybe", "'maybe'", "'keep' or 'drop'", "correct", id="choice below"),
         pytest.param("data.tokenizer={vocab_size: 9}", "= 9", "equal to 300", "correct", id="below a union"),
         pytest.param(
             "model.init=pretrained", "name_or_path is null", "init is 'pretrained'", "name a model", id="model"

@@ -3,7 +3,7 @@
 Because out and lse are ours, a recompute can skip attention, and chunks of a sequence can be merged.
 """
 
-from pipeline.attention.kernels.choice import Choice, available_kernels, choose
+from pipeline.attention.kernels.choice import Choice, choose
 from pipeline.attention.kernels.interface import (
     AttentionGrads,
     AttentionKernel,
@@ -13,7 +13,6 @@ from pipeline.attention.kernels.interface import (
     check_supported,
     needs_of,
 )
-from pipeline.attention.kernels.presence import Presence
 
 __all__ = [
     "AttentionGrads",
@@ -21,9 +20,7 @@ __all__ = [
     "Capabilities",
     "Choice",
     "Needs",
-    "Presence",
     "Scoring",
-    "available_kernels",
     "check_supported",
     "choose",
     "needs_of",

@@ -93,15 +93,6 @@ def fastest_first(compute_capability: tuple[int, int]) -> tuple[str, ...]:
             return ("flash_attention_2", "torch")
 
 
-def available_kernels(device: torch.device) -> tuple[Presence, ...]:
-    """What is on this machine for this device, and what is not, with the reason."""
-    if device.type != "cuda":
-        absent = tuple(Presence(name, None, "needs a CUDA GPU") for name in BACKENDS)
-        return (Presence(CpuKernel.name, CpuKernel.capabilities, f"torch {torch.__version__}"), *absent)
-    compute_capability = torch.cuda.get_device_capability(device)
-    return tuple(_find(name, compute_capability)[0] for name in BACKENDS)
-
-
 def _choose_on_cpu(asked: str, needs: Needs | None) -> Choice:
     if asked not in ("auto", CpuKernel.name):
         raise UserError(

@@ -21,10 +21,6 @@ class Presence:
     detail: str
     """The version that is present, or the reason of absence."""
 
-    @property
-    def present(self) -> bool:
-        return self.capabilities is not None
-
 
 def installed_version(distribution: str, *, oldest: str, install: str) -> str:
     """Raises AbsentError if it is not installed, or too old."""
