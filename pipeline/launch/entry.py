@@ -23,7 +23,7 @@ SLURM_RANK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE
 """torch's names of a rank's place, and Slurm's."""
 
 
-def run_task(plan_path: str, stage: Stage) -> None:
+def run_task(plan_path: str, stage: Stage, task: str = "0/1") -> None:
     """What a task of a submitted job runs: the stage, with its own log in the run folder, under Slurm's signals."""
     # submitit bypasses SIGTERM, and at USR2 rank 0 alone would save, somewhere in a step.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -33,7 +33,7 @@ def run_task(plan_path: str, stage: Stage) -> None:
     code = 0
     try:
         read_secrets()
-        run_stage(Path(plan_path), stage)
+        run_stage(Path(plan_path), stage, task=task)
     except Exception as error:
         code = _told(error)
     sys.exit(code)
@@ -95,7 +95,7 @@ def _told(error: BaseException) -> int:
         text, code = "".join(traceback.format_exception_only(error)).strip(), 1
         traceback.print_exception(error)
     if logs := os.environ.get(LOGS):
-        row = {"time": time.time(), "rank": int(os.environ["RANK"]), "error": text}
+        row = {"time": time.time(), "rank": _number(), "error": text}
         with (Path(logs) / "failures.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return code
@@ -134,14 +134,20 @@ def check_secrets(path: Path) -> None:
         raise UserError(f"secrets = {path}: mode {stat.st_mode & 0o777:04o}, others may read it; run: chmod 600 {path}")
 
 
+def _number() -> int:
+    """Of this task in its log's name: the rank, or the place in an array, whose jobs are one task each."""
+    return int(os.environ.get("SLURM_ARRAY_TASK_ID") or os.environ["RANK"])
+
+
 def _write_log(run_dir: RunDir, stage: Stage) -> None:
     """From here on, what this process and its children print goes to the rank's own log."""
-    job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ["SLURM_JOB_ID"]
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     folder = run_dir.logs(job=f"{stage}-{job}", restart=restart)
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ[LOGS] = str(folder)
-    with (folder / f"rank{os.environ['RANK']}.log").open("ab") as log:
+    with (folder / f"rank{_number()}.log").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -45,6 +45,8 @@ class JobRequest:
     """Lines of shell before the tasks start."""
     python: str
     """How a task starts Python; goes to the shell as it is."""
+    array_tasks: int = 1
+    """More than one is a job array: each of its jobs does task I of N of the stage."""
 
 
 def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[JobRequest, ...]:
@@ -52,13 +54,20 @@ def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[Jo
 
     A data set that is packed already is not packed again.
     """
-    train = train_job(plan, profile, run_dir)
-    return (train,) if run_dir.is_packed(plan) else (_pack_job(plan, profile, run_dir), train)
+    packing = () if run_dir.is_packed(plan) else _pack_jobs(plan, profile, run_dir)
+    return (*packing, train_job(plan, profile, run_dir))
 
 
-def _pack_job(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> JobRequest:
+def _pack_jobs(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[JobRequest, ...]:
+    """All of packing as one job; or its stages, of which tokenize and write are arrays. The last write finishes."""
+    tasks = profile.pack.tasks
+    stages: dict[Stage, int] = {"pack": 1} if tasks == 1 else {"tokenize": tasks, "plan": 1, "write": tasks}
     options = _options(profile.pack)
-    return _job("pack", plan, profile, run_dir, profile.pack, nodes=1, tasks_per_node=1, options=options, lines=())
+    jobs = {
+        stage: _job(stage, plan, profile, run_dir, profile.pack, nodes=1, tasks_per_node=1, options=options, lines=())
+        for stage in stages
+    }
+    return tuple(replace(jobs[stage], array_tasks=number) for stage, number in stages.items())
 
 
 def train_job(

@@ -44,8 +44,10 @@ class _Executor(SlurmExecutor):
     def affinity(cls) -> int:
         return 2
 
-    def text(self) -> str:
+    def text(self, *, array_tasks: int = 1) -> str:
         """What would be handed to sbatch."""
+        if array_tasks > 1:
+            self.parameters["map_count"] = array_tasks
         text: str = self._make_submission_file_text(self._submitit_command_str, "")
         return text
 
@@ -96,7 +98,7 @@ def write_texts(jobs: tuple[JobRequest, ...], profile: ClusterProfile, run_dir: 
         old.unlink()
     for before, job in zip((None, *jobs), jobs, strict=False):
         after = None if before is None else f"<the {before.stage} job>"
-        run_dir.sbatch(job.stage).write_text(_executor(job, run_dir, after=after).text())
+        run_dir.sbatch(job.stage).write_text(_executor(job, run_dir, after=after).text(array_tasks=job.array_tasks))
 
 
 def submit(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> list[SubmittedJob]:
@@ -109,14 +111,23 @@ def submit(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> list[SubmittedJob]:
     try:
         for job in jobs:
             executor = _executor(job, run_dir, after=submitted[-1].id if submitted else None)
-            handed = executor.submit(run_task, str(run_dir.plan), job.stage)
-            submitted.append(SubmittedJob(job.stage, handed.job_id, time.time()))
+            submitted.append(SubmittedJob(job.stage, _handed(executor, job, run_dir), time.time()))
     except Exception as error:
         if submitted:
             ask("scancel", *(job.id for job in submitted))
         raise RunError(f"{run_dir.path}: Slurm refused a job: {error}") from error
     write_json(run_dir.jobs, {"jobs": [asdict(job) for job in (*read_jobs(run_dir), *submitted)]})
     return submitted
+
+
+def _handed(executor: _Executor, job: JobRequest, run_dir: RunDir) -> str:
+    """The id of a job that is in the queue now; of an array, that of the whole."""
+    if job.array_tasks == 1:
+        return str(executor.submit(run_task, str(run_dir.plan), job.stage).job_id)
+    count = job.array_tasks
+    tasks = [f"{number}/{count}" for number in range(count)]
+    handed = executor.map_array(run_task, [str(run_dir.plan)] * count, [job.stage] * count, tasks)
+    return str(handed[0].job_id).partition("_")[0]
 
 
 def read_jobs(run_dir: RunDir) -> list[SubmittedJob]:
@@ -171,10 +182,10 @@ def check_submission(profile: ClusterProfile) -> None:
 def check_accepted(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> None:
     """Raises UserError with Slurm's own words if it would not take a job as it is asked for."""
     for job in jobs:
-        done = ask("sbatch", "--test-only", text=_executor(job, run_dir, after=None).text())
+        done = ask("sbatch", "--test-only", text=_executor(job, run_dir, after=None).text(array_tasks=job.array_tasks))
         if done.returncode:
             said = " ".join(line.removeprefix("sbatch: ") for line in done.stderr.strip().splitlines())
-            section = "pack" if job.stage == "pack" else "train"
+            section = "train" if job.stage in ("train", "check") else "pack"
             raise UserError(f"{job.stage} job: {said}; correct the section `{section}:` of the cluster's profile")
 
 

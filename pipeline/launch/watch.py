@@ -101,11 +101,11 @@ def first_failure(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
 
     That the others lost their connection to it is what follows.
     """
-    srun = run_dir.slurm / f"{job.id}_0_log.err"
-    said = START_OVER.split(srun.read_text(errors="replace"))[-1] if srun.is_file() else ""
-    ended = TASK_ENDED.search(said)
-    if ended is not None and not ended[1].startswith(BY_ITSELF):
-        return Failure(srun, ended[0].removeprefix("srun: error: "))
+    for srun in (run_dir.slurm / f"{job.id}_0_log.err", *sorted(run_dir.slurm.glob(f"{job.id}_*_0_log.err"))):
+        said = START_OVER.split(srun.read_text(errors="replace"))[-1] if srun.is_file() else ""
+        ended = TASK_ENDED.search(said)
+        if ended is not None and not ended[1].startswith(BY_ITSELF):
+            return Failure(srun, ended[0].removeprefix("srun: error: "))
     newest = newest_logs(run_dir, job)
     if newest is None or not (newest / "failures.jsonl").is_file():
         return None
@@ -169,11 +169,10 @@ def _state(job: SubmittedJob, queued: dict[str, list[str]], ended: dict[str, lis
 def _queued(jobs: list[SubmittedJob]) -> dict[str, list[str]]:
     """State, reason and time left of the jobs that wait or run. Raises UserError if Slurm does not answer."""
     ids = ",".join(job.id for job in jobs)
-    done = ask("squeue", "--noheader", "--format=%i|%T|%r|%L", f"--jobs={ids}")
+    done = ask("squeue", "--noheader", "--format=%F|%T|%r|%L", f"--jobs={ids}")
     if done.returncode and "Invalid job id" not in done.stderr:  # all have left the queue long ago
         raise UserError(f"Slurm does not answer: {done.stderr.strip()}; is SLURM_CONF right, and its controller up?")
-    rows = [line.split("|") for line in done.stdout.splitlines()]
-    return {row[0]: row[1:] for row in rows}
+    return _by_job(done.stdout, most_telling="RUNNING")
 
 
 def _ended(jobs: list[SubmittedJob]) -> dict[str, list[str]]:
@@ -184,8 +183,18 @@ def _ended(jobs: list[SubmittedJob]) -> dict[str, list[str]]:
     done = ask(
         "sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={ids}", "--format=JobID,State,ExitCode,Elapsed"
     )
-    rows = [line.split("|") for line in done.stdout.splitlines()]
-    return {row[0]: row[1:] for row in rows}
+    return _by_job(done.stdout, least_telling="COMPLETED")
+
+
+def _by_job(rows: str, *, most_telling: str = "", least_telling: str = "") -> dict[str, list[str]]:
+    """`ID|STATE|…` rows by job; of an array's many rows the one whose state tells most of the whole."""
+    found: dict[str, list[str]] = {}
+    for row in rows.splitlines():
+        name, *fields = row.split("|")
+        job = name.partition("_")[0]
+        if job not in found or fields[0] == most_telling or found[job][0] == least_telling:
+            found[job] = fields
+    return found
 
 
 def _seconds(left: str) -> int | None:

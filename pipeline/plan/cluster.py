@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RecipeError, UserError
 from pipeline.plan.environment import Variable
@@ -100,6 +100,13 @@ class JobOptions(Section):
         return (int(days or 0) * 24 + hours) * 60 + minutes + (seconds > 0)
 
 
+class PackOptions(JobOptions):
+    """Packing: one task, or an array of them."""
+
+    tasks: Count = 1
+    """Among how many tasks tokenizing and writing are divided; each asks for all of the above."""
+
+
 class GpuRequest(Section):
     """How this cluster wants its GPUs asked for."""
 
@@ -138,8 +145,10 @@ class ClusterProfile(Section):
     """A cluster. Made by `load_cluster`."""
 
     hardware: ClusterHardware
-    pack: JobOptions
+    pack: PackOptions
     train: TrainOptions
+    max_array_size: Count = 1001
+    """Slurm's MaxArraySize here: `scontrol show config` tells it; 1001 is Slurm's default."""
     shared: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Folders that every node sees under the same path; the folder of runs must lie in one. null: not checked."""
     scratch: str | None = None
@@ -158,6 +167,15 @@ class ClusterProfile(Section):
     """A file of NAME=value lines that only you can read; each task reads it itself."""
     tracking_uri: str | None = None
     """Of an MLflow server; null leaves the recipe's tracking.uri."""
+
+    @model_validator(mode="after")
+    def _array_is_not_too_long(self) -> "ClusterProfile":
+        if self.pack.tasks >= self.max_array_size:
+            raise ValueError(
+                f"pack.tasks = {self.pack.tasks}: must be less than max_array_size = {self.max_array_size}; use "
+                f"pack.tasks: {max(1, self.max_array_size - 1)}"
+            )
+        return self
 
     def overrides(self, *, nodes: int | None) -> list[str]:
         """What the cluster says in place of the recipe, as overrides of it."""

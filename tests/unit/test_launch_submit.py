@@ -129,8 +129,23 @@ def test_the_cluster_takes_the_place_of_the_recipes_hardware_and_tracking(tmp_pa
     assert recipe.tracking.uri == "http://127.0.0.1:5000"
 
 
+def test_packing_in_several_tasks_is_a_chain_of_arrays():
+    profile = changed("default", pack={"tasks": 5})
+    run_dir = prepare(plan_for(profile, nodes=1), profile)
+    asked = {stage: options(run_dir.sbatch(stage).read_text()) for stage in ("tokenize", "plan", "write", "train")}
+    assert asked["tokenize"]["array"] == asked["write"]["array"] == "0-4%5"
+    assert "array" not in asked["plan"] | asked["train"]
+    assert [asked[stage].get("dependency") for stage in asked] == [
+        None,
+        "afterok:<the tokenize job>",
+        "afterok:<the plan job>",
+        "afterok:<the write job>",
+    ]
+    assert not run_dir.sbatch("pack").exists()
+
+
 def test_a_packed_data_set_that_is_whole_is_not_packed_again():
-    profile = load_cluster("throw-away")
+    profile = load_cluster("cpu-only")
     run_dir, *_ = texts(profile)
     manifest = run_dir.packed(read_plan(run_dir.plan)) / "manifest.json"
     manifest.parent.mkdir(parents=True)

@@ -60,6 +60,14 @@ def test_only_the_newest_start_is_asked(run_dir):
     assert (failure.text, failure.source) == ("rank 1: loss is not finite", newest / "rank1.log")
 
 
+def test_a_task_of_an_array_is_heard_as_well(run_dir):
+    start(run_dir, 0)
+    (run_dir.slurm / "7_0_0_log.err").write_text("submitit INFO\n")
+    (run_dir.slurm / "7_3_0_log.err").write_text("srun: error: n1: task 0: Killed\n")
+    failure = first_failure(run_dir, JOB)
+    assert (failure.source.name, failure.text) == ("7_3_0_log.err", "n1: task 0: Killed")
+
+
 def test_a_job_that_said_nothing_has_no_failure(run_dir):
     assert first_failure(run_dir, JOB) is None
 

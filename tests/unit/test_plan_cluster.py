@@ -98,6 +98,11 @@ def test_the_cluster_says_what_its_nodes_have(profile):
         ),
         pytest.param({"pack": {"extra": {"output": "x"}}}, ["pack.extra", "output", "remove it"], id="extra of ours"),
         pytest.param(
+            {"pack": {"tasks": 64}, "max_array_size": 64},
+            ["pack.tasks = 64", "less than", "pack.tasks: 63"],
+            id="array",
+        ),
+        pytest.param(
             {"environment": [{"name": "HF_TOKEN", "value": "x", "reason": "gated models"}]},
             ["'HF_TOKEN'", "can be read by others", "`secrets`"],
             id="secret",
