@@ -353,3 +353,43 @@ def test_a_refusal_in_a_process_of_its_own_is_one_line_and_code_2(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "alst: train.steps = 'x': must be a valid integer; correct train.steps\n"
+
+
+# Submitting, where there is no Slurm
+
+
+def test_a_dry_run_prints_every_job_and_needs_neither_slurm_nor_anything_heavy(tmp_path):
+    script = (
+        "import sys, pipeline.cli as cli\n"
+        "sys.argv = ['alst', 'submit', 'tiny', '--cluster', 'infiniband', '--nodes', '2', '--dry-run']\n"
+        "try: cli.main()\n"
+        f"finally: assert not {HEAVY!r} & set(sys.modules), sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PATH": str(tmp_path), "ALST_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(CONFIGS.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    for stage in ("pack", "train"):
+        assert (run / "slurm" / f"{stage}.sbatch").read_text() in done.stdout
+    assert not (run / "slurm" / "jobs.json").exists()
+
+
+def test_submitting_without_slurm_is_refused_and_leaves_nothing(alst, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    outcome = alst("submit", "tiny", "--cluster", "throw-away")
+    assert outcome.code == 2
+    assert outcome.err.startswith("alst: sbatch: not on the PATH; submit from a login node")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_never_submitted_has_no_status(alst, tmp_path):
+    alst("submit", "tiny", "--cluster", "cpu-only", "--dry-run")
+    (run,) = (tmp_path / "runs").iterdir()
+    for command in ("status", "logs", "cancel"):
+        assert_refused(alst(command, run.name), run.name)
