@@ -1,6 +1,7 @@
 """The kernels of this machine, inputs, and references for what is too large to compute twice."""
 
 import functools
+import os
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -145,3 +146,18 @@ def sliced_reference(
         "dk": torch.einsum("hpt,thd->pd", dscores, q) * scale,
         "dv": torch.einsum("hpt,thd->pd", weights, dout),
     }
+
+
+def job_variables(ranks: int, *overrides: str) -> tuple[str, dict[str, str]]:
+    """(hardware.gpu of this machine, what a job sets in the environment of each of its `ranks`)."""
+    for package in ("deepspeed", "pydantic"):
+        pytest.importorskip(package)
+    from pipeline.plan.environment import environment
+    from pipeline.plan.job import plan_job
+    from pipeline.recipe.load import load
+
+    gpu = gpu_of_this_machine()
+    asked = [f"hardware.gpu={gpu}", f"hardware.gpus_per_node={ranks}", *overrides]
+    plan = plan_job(load("tiny", overrides=asked))
+    table = environment(plan, cpus_per_rank=max(1, len(os.sched_getaffinity(0)) // ranks))
+    return gpu, {variable.name: variable.value for variable in table}

@@ -4,7 +4,6 @@ In float32 attention is the CPU kernel's algorithm on the GPU, so that all else 
 the kernel that a job takes.
 """
 
-import os
 import shutil
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.gpu.support import gpu_of_this_machine
+from tests.gpu.support import job_variables
 from tests.multiprocess.case import FEATURES, Case
 from tests.multiprocess.test_parity import ADAM, check, check_adam, run
 
@@ -51,16 +50,7 @@ DEFAULTS = Case(sp=RANKS, overrides=(BFLOAT16, "optimizer={name: adamw, lr: 1e-5
 
 def on_gpus(cases: list[Case], folder) -> dict[str, dict]:
     """Results of all cases, in one launch with the variables that a job sets."""
-    for package in ("deepspeed", "pydantic"):
-        pytest.importorskip(package)
-    from pipeline.plan.environment import environment
-    from pipeline.plan.job import plan_job
-    from pipeline.recipe.load import load
-
-    gpu = gpu_of_this_machine()
-    plan = plan_job(load("tiny", overrides=[f"hardware.gpu={gpu}", f"hardware.gpus_per_node={RANKS}"]))
-    table = environment(plan, cpus_per_rank=max(1, len(os.sched_getaffinity(0)) // RANKS))
-    variables = {variable.name: variable.value for variable in table}
+    gpu, variables = job_variables(RANKS)
     return run([replace(case, gpu=gpu) for case in cases], ranks=RANKS, folder=folder, variables=variables)
 
 

@@ -18,7 +18,6 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from pipeline.attention.function import NAME as ALST_ATTENTION
 from pipeline.attention.function import register
-from pipeline.attention.kernels.cpu import CpuKernel
 from pipeline.data.loader import Cursor
 from pipeline.memory.apply import attach_features
 from pipeline.metrics.meter import StepTimer
@@ -33,7 +32,7 @@ from pipeline.train.resume import find_resume, load
 from pipeline.train.self_check import self_check, shard_of_sample
 from pipeline.train.step import Trainee, model_inputs, run_step
 from tests.multiprocess.case import Case
-from tests.multiprocess.parity import plan_of, save_weights, whole_sample
+from tests.multiprocess.parity import device_of, kernel_of, plan_of, save_weights, whole_sample
 
 STEPS, SAVED_STEP = 5, 2
 
@@ -64,11 +63,13 @@ class Job:
 
 def start(case: Case, mesh: Mesh, weights: Path, run_dir: RunDir) -> Job:
     plan = plan_of(case, weights)
+    torch.use_deterministic_algorithms(plan.recipe.train.deterministic)
     resume = find_resume(plan, run_dir, mesh)
     model = build_model(plan.recipe.model, attention=ALST_ATTENTION, seed=0, zero3=zero3_config(plan))
     attached = attach_features(model, plan)
     engine = create_engine(model, plan, attached, load_universal=resume is not None and resume.universal)
-    trainee = Trainee(engine, plan, mesh, CpuKernel(), torch.device("cpu"))
+    device = device_of(plan)
+    trainee = Trainee(engine, plan, mesh, kernel_of(model, plan, device), device)
     if case.self_check:
         self_check(trainee, whole_sample(0, case.seq_len))
     if mesh.rank == 0 and resume is None:
@@ -84,7 +85,7 @@ def keep_weights(job: Job, run_dir: RunDir) -> None:
     whole = {}
     for name, parameter in job.trainee.engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter) if job.trainee.plan.recipe.zero.stage else parameter.detach()
-        whole[name] = full.to(parameter.dtype).clone()
+        whole[name] = full.to("cpu", parameter.dtype, copy=True)
     if job.trainee.mesh.rank == 0:
         torch.save(whole, run_dir.path / "weights.pt")
 
@@ -98,7 +99,10 @@ def main(cases_path: str, folder: str, what: str) -> None:
         for name, path in weights.items():
             if not path.exists():
                 save_weights(name, path)
-    init_distributed(plan_job(load_recipe("tiny", overrides=["hardware.gpus_per_node=1"])))
+    gpu = cases[0].gpu
+    if gpu != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    init_distributed(plan_job(load_recipe("tiny", overrides=["hardware.gpus_per_node=1", f"hardware.gpu={gpu}"])))
     dist.barrier()
     register()
     meshes = {sp: create_mesh(sp) for sp in sorted({case.sp for case in cases})}

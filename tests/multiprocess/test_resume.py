@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,20 +13,23 @@ from transformers import AutoModelForCausalLM
 from pipeline.plan.run_dir import RunDir
 from pipeline.train.export import export
 from tests.multiprocess.case import Case
-from tests.multiprocess.ranks import run_ranks
+from tests.multiprocess.ranks import ON_CPU, run_ranks
 from tests.multiprocess.resume import SAVED_STEP, STEPS
 from tests.multiprocess.test_parity import SECONDS_PER_CASE, START_SECONDS
 
 ADAM = "optimizer={name: adamw, lr: 1e-2, weight_decay: 0.1}"
 BFLOAT16 = "model.dtype=bfloat16"
+ROPE = "model.config.rope_parameters={rope_type: linear, factor: 4.0, rope_theta: 10000.0}"
 
 
-def run(cases: list[Case], what: str, *, ranks: int, folder: Path) -> dict[str, dict[str, list[float]]]:
+def run(
+    cases: list[Case], what: str, *, ranks: int, folder: Path, variables: Mapping[str, str] = ON_CPU
+) -> dict[str, dict[str, list[float]]]:
     """The losses of each case's phases, by the case's name."""
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
     timeout = START_SECONDS + 2 * SECONDS_PER_CASE * len(cases)
     arguments = (str(folder / "cases.json"), str(folder), what)
-    run_ranks("tests.multiprocess.resume", *arguments, ranks=ranks, timeout=timeout, logs=folder)
+    run_ranks("tests.multiprocess.resume", *arguments, ranks=ranks, timeout=timeout, logs=folder, variables=variables)
     return json.loads((folder / f"{what}.json").read_text())
 
 
@@ -42,6 +46,8 @@ SAME_RANKS = [
     Case("llama-tied", sp=2, stage=2, overrides=(ADAM,)),
     Case("qwen3_moe", sp=2, stage=3, overrides=(ADAM,)),
     Case(sp=2, stage=3, overrides=(ADAM, "checkpoint.asynchronous=false")),
+    Case(sp=2, stage=3, overrides=(ADAM, ROPE)),
+    Case(sp=2, stage=3, overrides=(ADAM, "train.deterministic=true")),
 ]
 ON_HOST = [Case(sp=2, stage=stage, overrides=(ADAM, "zero.offload_optimizer=cpu")) for stage in (1, 3)]
 
@@ -75,6 +81,8 @@ def test_an_export_holds_the_weights_that_training_goes_on_with(two_ranks, folde
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {name: p.dtype for name, p in loaded.named_parameters()} == {name: p.dtype for name, p in trained.items()}
     assert [name for name, p in loaded.named_parameters() if not torch.equal(p, trained[name])] == []
+    scaling = loaded.config.rope_parameters.get("factor") if ROPE in case.overrides else None
+    assert scaling == (4.0 if ROPE in case.overrides else None)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU Adam at first use, with g++")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import IGNORE_INDEX, Batch, batch_of
-from pipeline.data.loader import PackedLoader, held_out_samples, place_at
+from pipeline.data.loader import Cursor, PackedLoader, held_out_samples, place_at
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.errors import DataError
 from tests.unit.data_support import packed
@@ -212,6 +212,31 @@ def test_a_step_can_be_read_without_those_before_it(dataset: PackedDataset) -> N
     assert loader.step(8).samples == last.samples
     assert [len(loader), last.step] == [9, 8]
     assert last.epoch == 8 * 6 // dataset.samples
+
+
+def interrupted(dataset: PackedDataset, jobs: list[tuple[int, int, int]]) -> tuple[list[int], Cursor]:
+    """What replicas of consecutive jobs (steps done, dp, grad_accumulation) train on, in order, and where they end."""
+    seen: list[int] = []
+    cursor = Cursor()
+    for done, dp, accumulation in jobs:
+        sizes = {"dp": dp, "grad_accumulation": accumulation, "start": cursor, "steps": cursor.step + done}
+        loaders = [loader_of(dataset, dp_rank=rank, **sizes) for rank in range(dp)]
+        for parts in zip(*loaders, strict=True):
+            samples = [[batch.sample for batch in part.micro_batches] for part in parts]
+            seen += [sample for micro_batch in zip(*samples, strict=True) for sample in micro_batch]
+        cursor = loaders[0].cursor(cursor.step + done)
+    return seen, cursor
+
+
+@given(jobs=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_a_run_that_is_resumed_at_any_dp_takes_every_sample_once_and_in_the_planned_order(
+    dataset: PackedDataset, jobs: list[tuple[int, int, int]]
+) -> None:
+    seen, cursor = interrupted(dataset, jobs)
+    planned = [place_at(p, samples=dataset.samples, seed=loader_of(dataset).seed).sample for p in range(len(seen))]
+    assert seen == planned
+    assert cursor == Cursor(sum(done for done, _, _ in jobs), len(seen))
 
 
 def test_counts_of_a_step_are_over_all_replicas_and_equal_on_every_rank(dataset: PackedDataset) -> None:
