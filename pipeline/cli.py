@@ -170,7 +170,8 @@ def resume(
 ) -> None:
     """Go on with a run from its newest whole checkpoint; with other ranks if you say so. Nothing is done twice."""
     from pipeline.launch.local import check_one_node, run_local
-    from pipeline.launch.resume import check_unfinished, find_run, resumed_plan
+    from pipeline.launch.resume import check_can_go_on, find_run, resumed_plan
+    from pipeline.launch.snapshot import take_snapshot
     from pipeline.plan.cluster import cluster_of
     from pipeline.plan.run_dir import runs_root
 
@@ -178,10 +179,12 @@ def resume(
     profile = cluster_of(run_dir, named=cluster)
     said = profile.overrides(nodes=None) if profile is not None and cluster is not None else []
     job = resumed_plan(run_dir, [*said, *(overrides or [])])
-    check_unfinished(job, run_dir)
+    check_can_go_on(job, run_dir)
     if profile is None:
         check_one_node(job)
+        run_dir.check_free()
         run_dir.write_plan(job)
+        take_snapshot(run_dir)
         typer.echo(f"run folder: {run_dir.path}")
         run_local(job, run_dir)
         return

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.plan.checkpoint_dir import folder_name, step_folders
+from pipeline.errors import DataError, UserError
+from pipeline.plan.checkpoint_dir import damage, read_checkpoint, step_folders
 from pipeline.plan.job import JobPlan, plan_job, read_plan
+from pipeline.plan.resumable import check_resumable
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.load import load
 
@@ -19,13 +20,17 @@ def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
     if not overrides:
         return before
     recipe = load(str(run_dir.recipe), overrides=list(overrides))
-    same_model = recipe.model == before.recipe.model
-    plan = plan_job(recipe, shape=before.model if same_model else None)
-    if plan.model != before.model:
+
+    def same(name: str) -> bool:
+        return bool(getattr(recipe.model, name) == getattr(before.recipe.model, name))
+
+    plan = plan_job(recipe, shape=before.model)
+    if changed := [name for name in type(recipe.model).model_fields if name != "attention" and not same(name)]:
+        told = ", ".join(f"model.{name}" for name in changed)
         raise UserError(
-            f"{run_dir.path}: its checkpoints are of another model; leave model.* as it was, or start a new run"
+            f"{run_dir.path}: its checkpoints are of another model; leave {told} as it was, or start a new run"
         )
-    if (plan.packing_key, plan.sample_order) != (before.packing_key, before.sample_order):
+    if _data(plan) != _data(before):
         raise UserError(
             f"{run_dir.path}: its place in the data means nothing in other samples or another order "
             f"({plan.sample_order}; before: {before.sample_order}); leave data.* and "
@@ -39,18 +44,33 @@ def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
     return plan
 
 
+def _data(plan: JobPlan) -> tuple[str, str, bool]:
+    return plan.packing_key, plan.sample_order, plan.recipe.data.cross_document_attention
+
+
 def _value(plan: JobPlan, name: str) -> object:
     return getattr(plan.recipe.optimizer, name.removeprefix("optimizer."))
 
 
-def check_unfinished(plan: JobPlan, run_dir: RunDir) -> None:
-    """Raises UserError if the run has done all its steps."""
-    newest = next(iter(step_folders(run_dir.checkpoints)), None)
-    if newest is not None and newest.name == folder_name(plan.recipe.train.steps):
-        raise UserError(
-            f"{run_dir.path}: all {plan.recipe.train.steps} steps are done ({newest.name}); to train longer, say "
-            f"train.steps=N with a larger N"
-        )
+def check_can_go_on(plan: JobPlan, run_dir: RunDir) -> None:
+    """Raises UserError if the run has done all its steps, or if the plan cannot go on from its newest checkpoint.
+
+    Damage is for the ranks to find: one that looks damaged here is passed over.
+    """
+    for path in step_folders(run_dir.checkpoints):
+        try:
+            checkpoint = read_checkpoint(path)
+            if damage(checkpoint, checksums=False) is not None:
+                continue
+        except (DataError, OSError):
+            continue
+        if checkpoint.record.step >= plan.recipe.train.steps:
+            raise UserError(
+                f"{run_dir.path}: all {plan.recipe.train.steps} steps are done ({path.name}); to train longer, say "
+                "train.steps=N with a larger N"
+            )
+        check_resumable(checkpoint, plan)
+        return
 
 
 def find_run(name: str, *, runs: Path) -> RunDir:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from pipeline.plan.run_dir import RunDir
@@ -22,8 +23,14 @@ def commit() -> str:
 
 
 def take_snapshot(run_dir: RunDir) -> None:
-    """Copy the package and the configs to `code/`, and write commit.txt."""
-    run_dir.commit.write_text(commit() + "\n")
+    """Copy the package and the configs to `code/`, and write commit.txt; other code of an earlier start is kept."""
+    now = commit()
+    if run_dir.code.exists():
+        before = run_dir.commit.read_text().strip()
+        if before == now:
+            return
+        run_dir.code.rename(run_dir.path / f"code-until-{time.strftime('%Y%m%d-%H%M%S')}-{before}")
+    run_dir.commit.write_text(now + "\n")
     for name in ("pipeline", "configs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, run_dir.code / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -16,8 +16,9 @@ import shutil
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.files import write_json
 
 RECORD_VERSION = 1
@@ -90,38 +91,51 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def write_record(folder: Path, record: CheckpointRecord) -> None:
-    write_json(folder / RECORD_NAME, {"record_version": RECORD_VERSION, **asdict(record)})
+    values = asdict(record)
+    write_json(folder / RECORD_NAME, {"record_version": RECORD_VERSION, "crc32": _record_crc32(values), **values})
+
+
+def _record_crc32(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, by its record alone. Raises DataError if the record is not there or not whole."""
+    """The checkpoint in a folder, by its record alone.
+
+    Raises DataError if the record is damaged or not there, UserError if it is of another version, OSError if it cannot
+    be read.
+    """
     file = path / RECORD_NAME
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw.pop("record_version") != RECORD_VERSION:
-            raise DataError(f"{file} was written by another version; use that one, or start a new run")
-        if set(raw) != {field.name for field in fields(CheckpointRecord)}:
-            raise ValueError("fields are missing, or unknown")
-        return Checkpoint(path, CheckpointRecord(**raw | {"files": tuple(SavedFile(**file) for file in raw["files"])}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} cannot be read ({error})") from error
+        if (version := raw.pop("record_version")) != RECORD_VERSION:
+            raise UserError(
+                f"{file} has version {version}, this code {RECORD_VERSION}; go on with the code that wrote it"
+            )
+        crc32 = raw.pop("crc32")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is damaged ({error})") from error
+    names = {field.name for field in fields(CheckpointRecord)}
+    if set(raw) != names or crc32 != _record_crc32(raw) or not path.name.endswith(folder_name(raw["step"])):
+        raise DataError(f"{file} is damaged (it is not what was written)")
+    return Checkpoint(path, CheckpointRecord(**raw | {"files": tuple(SavedFile(**file) for file in raw["files"])}))
 
 
 def damage(checkpoint: Checkpoint, *, checksums: bool, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with this share of a checkpoint's files, or None. Sizes always, checksums if asked for.
 
-    Ranks look at every `shares`-th file each: together at all of them, and each file is read once.
+    Ranks look at every `shares`-th file each: together at all of them, and each file is read once. Raises OSError if
+    the disk does not answer: that is no damage.
     """
     for file in checkpoint.record.files[share::shares]:
         path = checkpoint.path / file.name
-        try:
-            size = path.stat().st_size
-            if size != file.size_bytes:
-                return f"{path} has {size:,} bytes, not {file.size_bytes:,}"
-            if checksums and crc32_of(path) != file.crc32:
-                return f"{path} does not have the bytes that were written (its checksum differs)"
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
+        if not path.exists():
+            return f"{path} is not there"
+        size = path.stat().st_size
+        if size != file.size_bytes:
+            return f"{path} has {size:,} bytes, not {file.size_bytes:,}"
+        if checksums and crc32_of(path) != file.crc32:
+            return f"{path} does not have the bytes that were written (its checksum differs)"
     return None
 
 
@@ -142,6 +156,11 @@ def set_aside(path: Path) -> Path:
     while target.exists():
         target, number = path.with_name(f"damaged-{path.name}-{number}"), number + 1
     return path.rename(target)
+
+
+def damaged_folders(folder: Path) -> list[Path]:
+    """What `set_aside` left."""
+    return sorted(folder.glob("damaged-*"))
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:

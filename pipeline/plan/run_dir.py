@@ -120,23 +120,33 @@ class RunDir:
 
         The kernel gives the lock back however a process ends; on a shared disk the file server does.
         """
-        file = self.lock.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{self.path}: another job trains into this run folder ({file.read().strip() or 'it just started'}); "
-                "wait for its end, or end it, before this one starts"
-            ) from None
-        except OSError:
-            pass  # a disk without locks: some Lustre mounts
+        file = self._locked()
         file.truncate(0)
         job = os.environ.get("SLURM_JOB_ID")
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}, since {since}\n")
         file.flush()
         _held.append(file)
+
+    def check_free(self) -> None:
+        """Raises UserError if a job trains into this folder now."""
+        self._locked().close()
+
+    def _locked(self) -> TextIO:
+        file = self.lock.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "it just started"
+            raise UserError(
+                f"{self.path}: another job trains into this run folder ({holder}); wait for its end, or end it, before "
+                "this one starts"
+            ) from None
+        except OSError:
+            pass  # a disk without locks: some Lustre mounts
+        return file
 
     def write_plan(self, plan: JobPlan) -> None:
         """The plan, and the resolved recipe as one would write it."""

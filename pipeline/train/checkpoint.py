@@ -66,6 +66,10 @@ class _Save:
     error: str | None = None
 
 
+class NotSavedError(RunError):
+    """The last checkpoint of a run is not on disk."""
+
+
 class Checkpointer:
     """Saves checkpoints of one job, one at a time. All methods but `news` are collective."""
 
@@ -77,6 +81,9 @@ class Checkpointer:
         self._rank = trainee.mesh.rank
         self._states = CopyingEngine()
         trainee.engine.checkpoint_engine = self._states
+        # DeepSpeed would copy two scripts into every checkpoint, outside of its checkpoint engine; `alst export` does
+        # their work, and a disk that is full must not end the run here.
+        trainee.engine._copy_recovery_script = lambda path: None
         self._save: _Save | None = None
         self._saved_step: int | None = None
         self._failure: str | None = None
@@ -136,10 +143,10 @@ class Checkpointer:
         return self._save.stall_seconds
 
     def finish(self) -> None:
-        """Wait for what is being written. Raises RunError, on every rank, if it did not get to disk."""
+        """Wait for what is being written. Raises NotSavedError, on every rank, if it did not get to disk."""
         self._settle()
         if self._failure is not None:
-            raise RunError(
+            raise NotSavedError(
                 f"the last checkpoint is not on disk ({self._failure}); the one before it stands: see to the disk, "
                 f"then go on with `alst resume {self._run_dir.path}`"
             )
@@ -184,13 +191,14 @@ class Checkpointer:
         try:
             files = self._wait_for_parts(save)
             digest = self._name(save, files)
-        except (OSError, ValueError, RunError) as error:
-            save.part.error = str(error)
+        except Exception as error:  # as in PartWriter: whatever it is, it must be heard of
+            save.part.error = str(error) or repr(error)
             shutil.rmtree(save.folder, ignore_errors=True)
             self._news.append(f"checkpoint of step {save.record.step} was given up: {error}; training goes on")
             return
         size = sum(file.size_bytes for file in files)
         self._size_bytes = size
+        self._prune()
         seconds = time.monotonic() - save.began
         self._news.append(Saved(str(save.target), save.record.step, size, save.stall_seconds, seconds, digest))
 
@@ -209,8 +217,8 @@ class Checkpointer:
 
     def _name(self, save: _Save, files: list[SavedFile]) -> str:
         """Everything is written and read back: from here on it is the newest. Returns its digest."""
-        shutil.copyfile(self._run_dir.plan, save.folder / self._run_dir.plan.name)
-        sync(save.folder / self._run_dir.plan.name)
+        write_json(save.folder / self._run_dir.plan.name, self._trainee.plan.to_json())
+        sync(save.folder / DEEPSPEED_NAME)
         shutil.rmtree(save.folder / PARTS_NAME)
         checkpoint_dir.write_record(save.folder, replace(save.record, files=tuple(files)))
         digest = hashlib.sha256((save.folder / checkpoint_dir.RECORD_NAME).read_bytes()).hexdigest()
@@ -218,17 +226,22 @@ class Checkpointer:
             checkpoint_dir.remove(save.target)
         save.folder.rename(save.target)
         sync(self._folder)
-        recipe = self._trainee.plan.recipe.checkpoint
-        if recipe is not None:
-            checkpoint_dir.prune(self._folder, keep_last=recipe.keep_last, keep_every=recipe.keep_every)
         return digest
+
+    def _prune(self) -> None:
+        recipe = self._trainee.plan.recipe.checkpoint
+        try:
+            if recipe is not None:
+                checkpoint_dir.prune(self._folder, keep_last=recipe.keep_last, keep_every=recipe.keep_every)
+        except OSError as error:
+            self._news.append(f"an old checkpoint could not be removed ({error}); it takes room until the next save")
 
     def _make_room(self, cursor: Cursor, folder: Path) -> str | None:
         """On rank 0: the folder for a checkpoint; or why there is no room for it."""
         if self._rank != 0:
             return None
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of a save of this step that was given up
+            checkpoint_dir.remove_unfinished(self._folder)  # of saves that were given up: none is in flight here
             folder.mkdir(parents=True)
             reason = _lack_of_room(folder, int(self._size_bytes * ROOM_MARGIN))
         except OSError as error:
@@ -260,9 +273,12 @@ def random_file(rank: int) -> str:
 
 
 def _write_part_record(folder: Path, rank: int, part: PartWriter) -> None:
+    """Seen whole or not at all. Not flushed: rank 0 takes it away as soon as it has read it."""
     target = folder / PARTS_NAME / f"{rank}.json"
     target.parent.mkdir(exist_ok=True)
-    write_json(target, {"error": part.error, "files": [asdict(file) for file in part.files]})
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps({"error": part.error, "files": [asdict(file) for file in part.files]}))
+    partial.replace(target)
 
 
 def _lack_of_room(folder: Path, needed: int) -> str | None:

@@ -75,8 +75,10 @@ class PartWriter:
         """Write what is not written yet, then call `then`; both in a thread."""
 
         def run() -> None:
-            self._write()
-            then()
+            try:
+                self._write()
+            finally:
+                then()
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -90,8 +92,8 @@ class PartWriter:
         states, self._states = self._states, []
         try:
             self.files += tuple(write_state(state, path, folder=self._folder) for path, state in states)
-        except (OSError, RuntimeError, RunError) as error:  # RuntimeError: torch's zip writer, of a full disk
-            self.error = str(error).splitlines()[0]
+        except Exception as error:  # whatever it is: in a thread nobody else would hear of it, and all would wait
+            self.error = (str(error).splitlines() or [repr(error)])[0]
 
 
 def write_state(state: Any, path: Path, *, folder: Path) -> SavedFile:

@@ -44,8 +44,8 @@ def export(
     """
     if out.exists():
         raise UserError(f"{out} is there already; export into a new folder")
-    plan = read_plan(run_dir.plan)
-    checkpoint = find_checkpoint(run_dir, step)
+    checkpoint = find_checkpoint(run_dir, step, say=say)
+    plan = read_plan(checkpoint.path / run_dir.plan.name)
     say(f"exporting {checkpoint.path}")
     weights = read_weights(checkpoint, getattr(torch, dtype or plan.recipe.model.dtype))
     partial = out.with_name(f".{out.name}.partial")
@@ -63,7 +63,7 @@ def export(
     return checkpoint
 
 
-def find_checkpoint(run_dir: RunDir, step: int | None) -> Checkpoint:
+def find_checkpoint(run_dir: RunDir, step: int | None, *, say: Say) -> Checkpoint:
     """The checkpoint of a step, or the newest whole one. Raises UserError if there is none."""
     found = checkpoint_dir.step_folders(run_dir.checkpoints)
     wanted = [path for path in found if step is None or path.name == checkpoint_dir.folder_name(step)]
@@ -72,10 +72,11 @@ def find_checkpoint(run_dir: RunDir, step: int | None) -> Checkpoint:
         try:
             checkpoint = checkpoint_dir.read_checkpoint(path)
             problem = checkpoint_dir.damage(checkpoint, checksums=True)
-        except DataError as error:
+        except (DataError, OSError) as error:
             problem = str(error)
         if problem is None:
             return checkpoint
+        say(f"passed over: {problem}")
         problems.append(problem)
     there = ", ".join(path.name for path in found) or "none"
     asked = "whole checkpoint" if step is None else f"whole checkpoint of step {step}"

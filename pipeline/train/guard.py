@@ -63,7 +63,7 @@ class Guard:
             record.parent.mkdir(exist_ok=True)
             write_json(record, _record(batch, result, suspects))
         state = self.save_aside(step)
-        aside = "" if state is None else f"; the state before it: {state}"
+        aside = "" if state is None else f"; the state: {state}"
         raise NotFiniteError(_message(batch, result, suspects) + f". All of it: {record}{aside}")
 
     def _suspects(self, batch: StepBatch, result: StepResult) -> list[Suspect]:

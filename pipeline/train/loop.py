@@ -71,8 +71,10 @@ def train(
         if checkpointer.due(batch.step + 1):
             checkpointer.save(loader.cursor(batch.step + 1))
         _tell(checkpointer, reporting)
-    checkpointer.finish()
-    _tell(checkpointer, reporting)
+    try:
+        checkpointer.finish()
+    finally:
+        _tell(checkpointer, reporting)
     return peaks
 
 

@@ -29,7 +29,7 @@ from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.schema import Gpu
-from pipeline.train.checkpoint import Checkpointer
+from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.evaluate import HeldOut, open_held_out
 from pipeline.train.guard import Guard, NotFiniteError
@@ -89,21 +89,21 @@ def _train(
     """`train`, with what was recorded plotted and the tracker closed, however it ends."""
     mesh = trainee.mesh
     status: RunStatus = "FAILED"
-    not_finite: NotFiniteError | None = None
+    failed: NotFiniteError | NotSavedError | None = None
     peaks: tuple[int, ...] = ()
     try:
         with ProgressLine(trainee.plan.recipe.train.steps) as progress:
             reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
             peaks = train(trainee, loader, attached, watch, checkpointer, reporting)
         status = "FINISHED"
-    except NotFiniteError as error:
-        not_finite = error
+    except (NotFiniteError, NotSavedError) as error:
+        failed = error
     finally:
         _plot(run_dir, tracker, mesh)
         tracker.finish(status)
-    if not_finite is not None:
+    if failed is not None:
         dist.barrier()  # every rank comes here; the first to leave would end rank 0 before its last words are written
-        raise not_finite
+        raise failed
     return peaks
 
 

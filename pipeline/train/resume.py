@@ -17,6 +17,7 @@ from pipeline.parallel.mesh import Mesh
 from pipeline.plan import checkpoint_dir
 from pipeline.plan.checkpoint_dir import DEEPSPEED_NAME, Checkpoint
 from pipeline.plan.job import JobPlan
+from pipeline.plan.resumable import check_resumable, of_other_ranks
 from pipeline.plan.run_dir import RunDir
 from pipeline.train.checkpoint import random_file
 from pipeline.train.state import set_random_state
@@ -38,23 +39,26 @@ class Resume:
 
 
 def find_resume(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> Resume | None:
-    """The newest whole checkpoint of the run, or None if there is none. Collective.
+    """The newest whole checkpoint of the run, or None if there never was one. Collective.
 
-    Damaged ones are set aside, loudly. Raises UserError if it belongs to other data.
+    Damaged ones are set aside, loudly. Raises UserError if the plan cannot go on from it, or if none is whole: nobody
+    wants to begin again unasked. Raises RunError if the disk does not answer.
     """
     if mesh.rank == 0:
         checkpoint_dir.remove_unfinished(run_dir.checkpoints)
     while (path := _from_rank_0(_newest(run_dir, mesh))) is not None:
         checkpoint, error = _checked(path, plan, mesh)
         if checkpoint is not None and error is None:
-            _check_same_data(checkpoint, plan)
-            check_same_layout(checkpoint, plan)
-            other_ranks = checkpoint.record.world_size != plan.world_size
-            # Stage 0 has no partitions: its one file suits any number of ranks.
-            return Resume(checkpoint, universal=other_ranks and plan.recipe.zero.stage != 0)
+            check_resumable(checkpoint, plan)
+            return Resume(checkpoint, universal=of_other_ranks(checkpoint, plan))
         if mesh.rank == 0:
             aside = checkpoint_dir.set_aside(path)
-            warn(f"checkpoint {path.name} is damaged: {error}; it is now {aside}, and the one before it is taken")
+            warn(f"checkpoint {path.name} is damaged: {error}; it is now {aside}, and the one before it is wanted")
+    if damaged := _from_rank_0(checkpoint_dir.damaged_folders(run_dir.checkpoints)):
+        raise UserError(
+            f"{run_dir.checkpoints}: no checkpoint is whole, {len(damaged)} are damaged; bring one back, or remove "
+            "them to begin at step 1"
+        )
     return None
 
 
@@ -109,38 +113,24 @@ def _from_rank_0(value: Any) -> Any:
 
 def _checked(path: Path, plan: JobPlan, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
     """The checkpoint, or what is wrong with it; each rank reads its share of the files."""
-    checkpoint, error = None, None
+    checkpoint, damage, unread = None, None, None
     try:
         checkpoint = checkpoint_dir.read_checkpoint(path)
         recipe = plan.recipe.checkpoint
-        error = checkpoint_dir.damage(
+        damage = checkpoint_dir.damage(
             checkpoint, checksums=recipe is None or recipe.verify, share=mesh.rank, shares=mesh.world_size
         )
-    except DataError as unreadable:
-        error = str(unreadable)
-    errors: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(errors, error)
-    return checkpoint, next((error for error in errors if error is not None), None)
-
-
-def _check_same_data(checkpoint: Checkpoint, plan: JobPlan) -> None:
-    record = checkpoint.record
-    if (record.packing_key, record.sample_order) != (plan.packing_key, plan.sample_order):
-        raise UserError(
-            f"{checkpoint.path} was trained on packed data {record.packing_key} ({record.sample_order}), the plan says "
-            f"{plan.packing_key} ({plan.sample_order}): its place in the data means nothing there; set data.* and "
-            "evaluation.samples as they were, or start a new run"
+    except DataError as error:
+        damage = str(error)
+    except OSError as error:
+        unread = f"rank {mesh.rank}: {error}"
+    found: list[tuple[str | None, str | None]] = [(None, None)] * mesh.world_size
+    dist.all_gather_object(found, (damage, unread))
+    if failure := next((unread for _, unread in found if unread is not None), None):
+        raise RunError(
+            f"{path} cannot be read ({failure}), which does not make it damaged; see to the disk, start again"
         )
-
-
-def check_same_layout(checkpoint: Checkpoint, plan: JobPlan) -> None:
-    """Raises UserError if ZeRO's files of the checkpoint's stage are not those that the plan's stage can read."""
-    saved, stage = checkpoint.record.zero_stage, plan.recipe.zero.stage
-    if saved != stage and {saved, stage} != {1, 2}:
-        raise UserError(
-            f"{checkpoint.path} was saved at zero.stage {saved}, the plan says {stage}: DeepSpeed writes other "
-            f"files there (1 and 2 share theirs); set zero.stage={saved}, or export the weights and start a new run"
-        )
+    return checkpoint, next((damage for damage, _ in found if damage is not None), None)
 
 
 def _convert(source: Path, target: Path, mesh: Mesh) -> str | None:

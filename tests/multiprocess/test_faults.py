@@ -131,7 +131,7 @@ def cut_off(file: Path) -> None:
     [
         ("deepspeed/*optim_states.pt", flip_a_bit, "its checksum differs"),
         ("deepspeed/*model_states.pt", cut_off, "bytes, not"),
-        (RECORD_NAME, cut_off, "cannot be read"),
+        (RECORD_NAME, cut_off, "is damaged"),
     ],
 )
 def test_from_a_damaged_checkpoint_the_one_before_is_taken_loudly(tmp_path, peaceful, name, spoil, told):
@@ -143,6 +143,8 @@ def test_from_a_damaged_checkpoint_the_one_before_is_taken_loudly(tmp_path, peac
     assert told in printed
     assert f"resumed from step-{STEPS - 1:06d}" in printed
     assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
+    assert losses(run)[: STEPS - 1] == losses(peaceful)[: STEPS - 1]
+    assert losses(run)[STEPS - 1] == losses(peaceful)[STEPS - 1]  # done again
 
 
 def test_while_a_run_goes_on_a_second_job_is_refused_and_an_export_is_not(tmp_path, peaceful):
@@ -155,6 +157,7 @@ def test_while_a_run_goes_on_a_second_job_is_refused_and_an_export_is_not(tmp_pa
             time.sleep(0.2)
         printed = alst("resume", str(run), f"train.steps={STEPS + 61}", runs=tmp_path, code=2)
         assert "another job trains into this run folder (process " in printed
+        assert json.loads((run / "plan.json").read_text())["recipe"]["train"]["steps"] == STEPS + 60
         out = tmp_path / "out"
         assert "from_pretrained" in alst("export", run.name, str(out), runs=tmp_path)
         assert first.poll() is None, "the first job was left in peace"

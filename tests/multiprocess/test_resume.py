@@ -101,7 +101,7 @@ OTHERS = {
     "one rank": [replace(case, sp=1) for case in SAVED],
     "dp instead of sp": [replace(case, sp=1, dp=2, accumulation=1) for case in SAVED],
     "twice the ranks": [replace(case, dp=2, accumulation=1) for case in SAVED],
-    "another stage": [replace(case, stage=stage) for case, stage in zip(SAVED, (0, 2, 1, 3), strict=False)],
+    "another stage": [replace(case, stage=stage) for case, stage in zip(SAVED, (0, 2, 1, 3, 2, 3), strict=True)],
 }
 SEQ_LEN = "data.seq_len=122"
 
@@ -117,7 +117,7 @@ def test_on_other_ranks_losses_are_the_same_within_rounding(saved, how, tmp_path
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     cases = [with_length(case) for case in OTHERS[how]]
     after = run(cases, "resume", ranks=cases[0].ranks, folder=tmp_path)
-    for case, losses in zip(cases, before.values(), strict=False):
+    for case, losses in zip(cases, before.values(), strict=True):
         rounding = 1e-2 if BFLOAT16 in case.overrides else 2e-5
         assert after[case.name]["resume"] == pytest.approx(losses["save"][SAVED_STEP:], rel=rounding), case.name
 

@@ -1,5 +1,6 @@
 """A folder counts as a checkpoint only when it is whole; what is kept, what goes, and who may write."""
 
+import json
 import multiprocessing
 import os
 import zlib
@@ -9,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError, UserError
-from pipeline.launch.resume import check_unfinished, find_run, resumed_plan
+from pipeline.launch.resume import check_can_go_on, find_run, resumed_plan
 from pipeline.plan import checkpoint_dir
 from pipeline.plan.checkpoint_dir import Checkpoint, CheckpointRecord, SavedFile
 from pipeline.plan.job import plan_job, read_plan
+from pipeline.plan.resumable import check_resumable
 from pipeline.plan.run_dir import RunDir, create_run_dir
 from pipeline.recipe.load import load
 
 CONTENT = b"weights"
 
 
-def save(folder: Path, step: int) -> Checkpoint:
+def save(folder: Path, step: int, **changes) -> Checkpoint:
     path = folder / checkpoint_dir.folder_name(step)
     (path / "deepspeed").mkdir(parents=True)
     (path / "deepspeed" / "part.pt").write_bytes(CONTENT)
@@ -36,6 +38,7 @@ def save(folder: Path, step: int) -> Checkpoint:
         saved_at=1.5,
         files=(SavedFile("deepspeed/part.pt", len(CONTENT), zlib.crc32(CONTENT)),),
     )
+    record = replace(record, **changes)
     checkpoint_dir.write_record(path, record)
     return Checkpoint(path, record)
 
@@ -92,7 +95,7 @@ def test_damage_is_named(tmp_path):
     part.write_bytes(b"weight")
     assert "has 6 bytes, not 7" in checkpoint_dir.damage(checkpoint, checksums=False)
     part.unlink()
-    assert "No such file" in checkpoint_dir.damage(checkpoint, checksums=False)
+    assert "is not there" in checkpoint_dir.damage(checkpoint, checksums=False)
 
 
 def test_each_rank_looks_at_its_share_and_together_they_look_at_all(tmp_path):
@@ -112,13 +115,37 @@ def test_each_rank_looks_at_its_share_and_together_they_look_at_all(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", '{"record_version": 1}', '{"record_version": 2}', "null", "\x00"],
+    ["", "{}", "[]", '{"record_version": 1}', '{"record_version": 1, "crc32": 0}', "null", "\x00"],
 )
 def test_a_record_that_is_not_whole_is_refused(tmp_path, text):
     checkpoint = save(tmp_path, 1)
     (checkpoint.path / checkpoint_dir.RECORD_NAME).write_text(text)
     with pytest.raises(DataError, match=r"checkpoint\.json"):
         checkpoint_dir.read_checkpoint(checkpoint.path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("samples_seen", 15), ("zero_stage", 2), ("step", 8)])
+def test_a_flipped_bit_of_the_record_is_seen(tmp_path, field, value):
+    file = save(tmp_path, 7).path / checkpoint_dir.RECORD_NAME
+    raw = json.loads(file.read_text())
+    assert raw[field] != value
+    file.write_text(json.dumps(raw | {field: value}))
+    with pytest.raises(DataError, match="is not what was written"):
+        checkpoint_dir.read_checkpoint(file.parent)
+
+
+def test_a_record_under_another_name_is_not_taken(tmp_path):
+    path = save(tmp_path, 7).path
+    with pytest.raises(DataError, match="is not what was written"):
+        checkpoint_dir.read_checkpoint(path.rename(tmp_path / "step-000009"))
+
+
+def test_another_version_is_no_damage(tmp_path):
+    file = save(tmp_path, 7).path / checkpoint_dir.RECORD_NAME
+    file.write_text(file.read_text().replace('"record_version": 1', '"record_version": 2'))
+    with pytest.raises(UserError, match="go on with the code that wrote it") as refused:
+        checkpoint_dir.read_checkpoint(file.parent)
+    assert not isinstance(refused.value, DataError)
 
 
 def test_damaged_ones_are_kept_under_names_of_their_own(tmp_path):
@@ -159,7 +186,16 @@ def test_steps_and_ranks_may_change(run_dir):
     assert plan.packing_key == read_plan(run_dir.plan).packing_key
 
 
-@pytest.mark.parametrize("override", ["model.config.num_hidden_layers=3", "model.config.vocab_size=9000"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.config.num_hidden_layers=3",
+        "model.config.vocab_size=9000",
+        "model.config.rms_norm_eps=0.1",
+        "model.config.rope_parameters={rope_type: linear, factor: 2.0, rope_theta: 10000.0}",
+        "model.dtype=bfloat16",
+    ],
+)
 def test_another_model_is_refused(run_dir, override):
     with pytest.raises(UserError, match="of another model"):
         resumed_plan(run_dir, [override])
@@ -190,13 +226,51 @@ def test_rates_and_decay_may_change(run_dir):
     assert resumed_plan(run_dir, ["optimizer.lr=1e-4", "optimizer.weight_decay=0.5"]).recipe.optimizer.lr == 1e-4
 
 
+def of_plan(plan, **changes) -> dict:
+    """What a checkpoint of this plan's job says of itself."""
+    names = {"packing_key": plan.packing_key, "sample_order": plan.sample_order, "zero_stage": plan.recipe.zero.stage}
+    return names | {"world_size": plan.world_size} | changes
+
+
 def test_a_run_that_is_done_is_not_started_again(run_dir):
     plan = read_plan(run_dir.plan)
-    check_unfinished(plan, run_dir)
-    save(run_dir.checkpoints, plan.recipe.train.steps)
+    check_can_go_on(plan, run_dir)
+    steps = plan.recipe.train.steps
+    whole = save(run_dir.checkpoints, steps - 1, **of_plan(plan))
+    last = save(run_dir.checkpoints, steps, **of_plan(plan))
     with pytest.raises(UserError, match="all 20 steps are done"):
-        check_unfinished(plan, run_dir)
-    check_unfinished(resumed_plan(run_dir, ["train.steps=21"]), run_dir)
+        check_can_go_on(plan, run_dir)
+    with pytest.raises(UserError, match="all 5 steps are done"):
+        check_can_go_on(resumed_plan(run_dir, ["train.steps=5"]), run_dir)
+    check_can_go_on(resumed_plan(run_dir, ["train.steps=21"]), run_dir)
+    (last.path / "deepspeed" / "part.pt").unlink()
+    check_can_go_on(plan, run_dir)  # the last one is damaged: the step is done again
+    assert whole.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"zero_stage": 0}, "was saved at zero.stage 0"),
+        ({"zero_stage": 2}, "was saved at zero.stage 2"),
+        ({"packing_key": "128-other"}, "was trained on packed data 128-other"),
+        ({"sample_order": "shuffled, 1 held out"}, "1 held out"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused_before_anything_changes(run_dir, changes, told):
+    plan = read_plan(run_dir.plan)
+    save(run_dir.checkpoints, 3, **of_plan(plan, **changes))
+    with pytest.raises(UserError, match=told):
+        check_can_go_on(plan, run_dir)
+
+
+def test_sgd_is_resumed_on_as_many_ranks_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALST_RUNS", str(tmp_path))
+    plan = plan_job(load("tiny", overrides=["optimizer.name=sgd"]))
+    saved = save(tmp_path, 3, **of_plan(plan))
+    check_resumable(saved, plan)
+    with pytest.raises(UserError, match="moments of adamw only"):
+        check_resumable(saved, plan_job(load("tiny", overrides=["optimizer.name=sgd", "hardware.gpus_per_node=1"])))
 
 
 def _try_to_hold(path: Path, answers) -> None:
@@ -220,6 +294,7 @@ def test_a_run_folder_is_held_by_one_process_until_it_ends(run_dir):
 
     assert ask() == "held"
     assert ask() == "held", "the process before has ended"
+    run_dir.check_free()
     run_dir.hold()
     assert f"process {os.getpid()} on " in ask()
 
