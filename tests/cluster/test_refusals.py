@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
     [
         ({"train": {"partition": "gpus"}}, ["train.partition = gpus", "use one of cpu, gpu"]),
         ({"train": {"cpus_per_task": 99}}, ["train job", "not available", "`train:`"]),
-        ({"pack": {"mem": "900T"}}, ["pack job", "`pack:`"]),
+        ({"pack": {"mem": "900T"}}, ["tokenize job", "`pack:`"]),
         ({"shared": ["/nowhere"]}, ["not shared with the nodes", "ALST_RUNS", "/nowhere"]),
         ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "no such file"]),
         ({"secrets": "/no/secrets"}, ["secrets = /no/secrets", "mode 0600"]),

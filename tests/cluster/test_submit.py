@@ -175,4 +175,4 @@ def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_
     assert "task 1: Killed" in status.splitlines()[0], status + told(run)
     assert f"train  job {jobs(run)['train']}: FAILED" in status
     assert "RUNNING" not in status
-    assert user.cluster.job_processes() == []
+    user.wait(lambda: user.cluster.job_processes() == [], run)
