@@ -325,14 +325,16 @@ def _differences(gradients: dict[str, Any], exact: dict[str, torch.Tensor]) -> d
     return found
 
 
-def main(cases_path: str, folder: str) -> None:
+def open_cases(cases_path: str, folder: str) -> tuple[list[Case], dict[str, Path], dict[int, Mesh]]:
+    """The cases of a launch, their weights by architecture, and a mesh by sp; the process group is up. Collective."""
     raw_cases = json.loads(Path(cases_path).read_text())
     cases = [Case(**raw | {"overrides": tuple(raw["overrides"])}) for raw in raw_cases]
     weights = {name: Path(folder) / "weights" / name for name in {case.architecture for case in cases}}
     torch.set_num_threads(1)
     if os.environ["RANK"] == "0":
         for name, path in weights.items():
-            save_weights(name, path)
+            if not path.exists():
+                save_weights(name, path)
     gpu = cases[0].gpu
     if gpu != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -340,7 +342,11 @@ def main(cases_path: str, folder: str) -> None:
     init_distributed(plan_job(load("tiny", overrides=["hardware.gpus_per_node=1", f"hardware.gpu={gpu}"])))
     dist.barrier()
     register()
-    meshes = {sp: create_mesh(sp) for sp in sorted({case.sp for case in cases})}
+    return cases, weights, {sp: create_mesh(sp) for sp in sorted({case.sp for case in cases})}
+
+
+def main(cases_path: str, folder: str) -> None:
+    cases, weights, meshes = open_cases(cases_path, folder)
     results = {}
     for case in cases:
         results[case.name] = asdict(compare(case, meshes[case.sp], weights[case.architecture]))

@@ -17,22 +17,19 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
 from pipeline.attention.function import NAME as ALST_ATTENTION
-from pipeline.attention.function import register
 from pipeline.data.loader import Cursor
 from pipeline.memory.apply import attach_features
 from pipeline.metrics.meter import StepTimer
 from pipeline.model.build import build_model
-from pipeline.parallel.mesh import Mesh, create_mesh
-from pipeline.plan.job import plan_job
+from pipeline.parallel.mesh import Mesh
 from pipeline.plan.run_dir import RunDir
-from pipeline.recipe.load import load as load_recipe
 from pipeline.train.checkpoint import Checkpointer
-from pipeline.train.engine import create_engine, init_distributed, zero3_config
+from pipeline.train.engine import create_engine, zero3_config
 from pipeline.train.resume import find_resume, load
 from pipeline.train.self_check import self_check, shard_of_sample
 from pipeline.train.step import Trainee, model_inputs, run_step
 from tests.multiprocess.case import Case
-from tests.multiprocess.parity import device_of, kernel_of, plan_of, save_weights, whole_sample
+from tests.multiprocess.parity import device_of, kernel_of, open_cases, plan_of, whole_sample
 
 STEPS, SAVED_STEP = 5, 2
 
@@ -91,21 +88,7 @@ def keep_weights(job: Job, run_dir: RunDir) -> None:
 
 
 def main(cases_path: str, folder: str, what: str) -> None:
-    raw_cases = json.loads(Path(cases_path).read_text())
-    cases = [Case(**raw | {"overrides": tuple(raw["overrides"])}) for raw in raw_cases]
-    weights = {name: Path(folder) / "weights" / name for name in {case.architecture for case in cases}}
-    torch.set_num_threads(1)
-    if os.environ["RANK"] == "0":
-        for name, path in weights.items():
-            if not path.exists():
-                save_weights(name, path)
-    gpu = cases[0].gpu
-    if gpu != "cpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    init_distributed(plan_job(load_recipe("tiny", overrides=["hardware.gpus_per_node=1", f"hardware.gpu={gpu}"])))
-    dist.barrier()
-    register()
-    meshes = {sp: create_mesh(sp) for sp in sorted({case.sp for case in cases})}
+    cases, weights, meshes = open_cases(cases_path, folder)
     losses: dict[str, dict[str, list[float]]] = {}
     for number, case in enumerate(cases):
         run_dir, mesh = RunDir(Path(folder) / f"run{number}"), meshes[case.sp]
