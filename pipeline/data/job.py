@@ -144,9 +144,14 @@ class PackJob:
         ]
 
     def claim(self) -> None:
-        """Makes the output folder ours. Raises DataError if it holds anything else, for finish removes files in it."""
+        """Makes the output folder ours. Raises DataError if it holds anything else, for finish removes files in it.
+
+        Other tasks may do so at the same time, and even finish: their work folder comes first and goes last, so the
+        listing is taken before the look at the folder, and that before the look at the manifest.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
-        if not self.work.exists() and any(self.output.iterdir()):
+        holds_files = any(entry != self.work for entry in self.output.iterdir())
+        if holds_files and not self.work.exists() and read_manifest(self.output) is None:
             raise DataError(f"{self.output} is not empty and holds no packed data set; choose another --output")
         self.work.mkdir(exist_ok=True)
 

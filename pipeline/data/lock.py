@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 
-PATIENCE_SECONDS = 1.0  # the first task holds the folder alone for the instant in which it writes its key
+PATIENCE_SECONDS = 5.0  # the first task holds the folder alone for the instant in which it writes its key
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 

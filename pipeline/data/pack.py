@@ -81,6 +81,21 @@ def pack(
         raise DataError(f"stage {stage} is one task, not {task.count}; only tokenize and write are divided")
     job = PackJob.of(recipe, output=output, vocab_size=vocab_size, progress=progress)
     try:
+        return _run(job, Stage(stage), task)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise DataError(
+            f"cannot write the packed data set {output}: {error.strerror or error}{where}; "
+            "choose another --output, or make room and give yourself write permission there"
+        ) from error
+
+
+def _run(job: PackJob, stage: Stage, task: Task) -> Manifest | None:
+    """The stage, unless the data set is complete already, or another task completes it and takes the work folder away.
+
+    The manifest comes before the work folder goes: whoever misses a file and then finds no manifest has a real error.
+    """
+    try:
         with ExitStack() as locks:
             if not job.reusable():
                 job.claim()
@@ -89,15 +104,13 @@ def pack(
             if complete := job.reusable():  # asked again: another task may have finished it meanwhile
                 job.remove_work()
                 return complete
-            for step in (_tokenize, _plan, _write) if stage == Stage.ALL else (_STEPS[Stage(stage)],):
+            for step in (_tokenize, _plan, _write) if stage == Stage.ALL else (_STEPS[stage],):
                 complete = step(job, task)
             return complete
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise DataError(
-            f"cannot write the packed data set {output}: {error.strerror or error}{where}; "
-            "choose another --output, or make room and give yourself write permission there"
-        ) from error
+    except (FileNotFoundError, DataError):
+        if complete := job.reusable():
+            return complete
+        raise
 
 
 def task_of(text: str) -> Task:
@@ -178,13 +191,9 @@ def _plan(job: PackJob, _: Task) -> None:
 def _write(job: PackJob, mine: Task) -> Manifest | None:
     """Stage write: this task's part files; the task that completes the last one finishes the data set."""
     write_parts(job, mine)
-    try:
-        with held(job.work, "finish") as free:
-            if free and all_written(job):
-                return finish(job)
-    except FileNotFoundError:
-        if job.work.exists():
-            raise
+    with held(job.work, "finish") as free:
+        if free and all_written(job):
+            return finish(job)
     return job.reusable()  # another task has finished it, or is about to
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.data import lock, sources, write
 from pipeline.data.amounts import copies_of
 from pipeline.data.batch import batch_of
 from pipeline.data.direct_file import PAGE, DirectFile, aligned_tokens
-from pipeline.data.job import Task
+from pipeline.data.job import PackJob, Task
 from pipeline.data.lock import shared_by_job
 from pipeline.data.loss_runs import whole
 from pipeline.data.order import LikeCosts, by_cost
@@ -72,16 +73,37 @@ def test_any_number_of_tasks_makes_the_same_bytes_and_the_last_one_finishes(
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
 
 
-def test_tasks_at_the_same_time_make_the_same_bytes_too(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [4, 40])
+def test_tasks_at_the_same_time_make_the_same_bytes_too(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Some tasks have no part to write, and come when the last one is finishing."""
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 60)
     pack(recipe, tmp_path / "one")
-    with ThreadPoolExecutor(4) as threads:
-        for stage, count in (("tokenize", 4), ("plan", 1), ("write", 4)):
+    with ThreadPoolExecutor(8) as threads:
+        for stage, tasks in (("tokenize", count), ("plan", 1), ("write", count)):
             list(
                 threads.map(
-                    lambda i, s=stage, n=count: pack(recipe, tmp_path / "many", stage=s, task=Task(i, n)), range(count)
+                    lambda i, s=stage, n=tasks: pack(recipe, tmp_path / "many", stage=s, task=Task(i, n)), range(tasks)
                 )
             )
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+
+
+def test_a_folder_that_another_task_has_just_taken_is_ours_too(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first task makes the work folder between our two looks."""
+    output, listing = tmp_path / "out", Path.iterdir
+    job = PackJob.of(recipe, output=output)
+
+    def another_comes_first(folder: Path) -> Iterator[Path]:
+        if folder == output:
+            job.work.mkdir()
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", another_comes_first)
+    job.claim()
 
 
 @given(
