@@ -120,7 +120,7 @@ def _manifest(
         valid_tokens=int(index.n_valid.sum()),
         documents_cut=plan.documents_cut,
         unfilled_fraction=plan.unfilled_fraction,
-        max_token_id=max(record.max_token_id for record in records),
+        max_token_id=max(part.max_token_id for part in parts),
         **_tokenizer_facts(job),
         inputs=job.inputs,
         contents=tuple(record.content for record in records),

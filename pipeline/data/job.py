@@ -23,6 +23,7 @@ from pipeline.data.sources import (
     unit_fingerprint,
     units,
 )
+from pipeline.data.token_ids import check_vocabulary
 from pipeline.data.token_parts import TokenPart, TokenRecord
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_hash
 from pipeline.errors import DataError
@@ -172,15 +173,6 @@ class PackJob:
                 "tokenize first"
             )
         return [record for record in found if record is not None]
-
-
-def check_vocabulary(token_id: int, *, limit: int | None, where: Path) -> None:
-    """Raises DataError unless the token id is below `limit`."""
-    if limit is not None and token_id >= limit:
-        raise DataError(
-            f"token id {token_id} in {where} is outside the model's vocabulary of {limit}; set data.tokenizer to the "
-            "model's own, or raise model.config.vocab_size"
-        )
 
 
 def _identity(data: DataRecipe, *, tokenizer: Tokenizer | None, chat: ChatTemplate | None) -> str | None:

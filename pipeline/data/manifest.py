@@ -8,7 +8,7 @@ from pipeline.data.files import read_json
 from pipeline.errors import DataError
 from pipeline.files import write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 
@@ -21,6 +21,7 @@ class PartFile:
     size_bytes: int
     frame_checksum: str
     """xxh3 (hex) of its bytes that are no tokens."""
+    max_token_id: int
 
 
 @dataclass(frozen=True)

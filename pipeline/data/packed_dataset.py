@@ -12,7 +12,6 @@ Between write and loader in the data path. Reading needs no Arrow: the index say
 """
 
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -66,6 +65,7 @@ class SampleContent:
     document_ids: NDArray[np.int64]
     """[pieces]"""
     loss_runs: Runs
+    max_token_id: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class WrittenPart:
     """[samples, slices of a sample]"""
     frame_checksum: str
     """xxh3 (hex) of the file's bytes that are no tokens."""
+    max_token_id: int
 
 
 _INDEX_ARRAYS = tuple(field.name for field in fields(SampleIndex))
@@ -157,21 +158,15 @@ def slice_checksums(tokens: NDArray[np.uint32]) -> list[int]:
 
 
 def write_part(path: Path, *, samples: Iterable[SampleContent]) -> WrittenPart:
-    """Writes a part file atomically, a record batch per sample, while `samples` prepares the next one.
-
-    The arrays of a sample must stay as they are until the one after the next is asked for.
-    """
-    with replaced(path) as temporary, DirectFile(temporary) as file, ThreadPoolExecutor(1) as thread:
+    """Writes a part file atomically, a record batch per sample; samples may use the same memory one after the other."""
+    with replaced(path) as temporary, DirectFile(temporary) as file:
         stream = _PartStream(file)
-        writing: Future[None] | None = None
         for sample in samples:
-            if writing:
-                writing.result()
-            writing = thread.submit(stream.append, sample)
-        if writing:
-            writing.result()
+            stream.append(sample)
         stream.close()
-    return WrittenPart(stream.index(), np.array(stream.checksums, np.uint64), stream.frame_checksum)
+    return WrittenPart(
+        stream.index(), np.array(stream.checksums, np.uint64), stream.frame_checksum, stream.max_token_id
+    )
 
 
 class _Sink:
@@ -207,6 +202,7 @@ class _PartStream:
         self._sink = _Sink(file)
         self._stream = pa.ipc.new_stream(pa.PythonFile(self._sink, mode="w"), PART_SCHEMA)
         self.checksums: list[list[int]] = []
+        self.max_token_id = -1
         self._rows: list[dict[str, int]] = []
         self._cu_seqlens: list[NDArray[np.int32]] = []
         self._loss_runs: list[Runs] = []
@@ -214,6 +210,7 @@ class _PartStream:
     def append(self, sample: SampleContent) -> None:
         """Writes a sample."""
         self.checksums.append(slice_checksums(sample.input_ids))
+        self.max_token_id = max(self.max_token_id, sample.max_token_id)
         row = _row(sample)
         batch = _record_batch(sample, row=row)
         payload = batch.column(len(PART_SCHEMA) - 1).values.buffers()[1]

@@ -1,27 +1,19 @@
-"""What is in a unit's files: texts, chats as text whose assistant's part counts, and documents tokenized already.
+"""What is in a unit's files: texts, and chats as text whose assistant's part counts.
 
-Second stop of the data path: Unit -> RawDocument or TokenizedDocument, streamed in an order that only the sources
-decide. Nothing here keeps more than one batch of rows in memory.
+Second stop of the data path: Unit -> RawDocument, streamed in an order that only the sources decide. Nothing here keeps
+more than one batch of rows in memory. Documents that are tokenized already come through `source_tokens`.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from pipeline.data.chat import ChatTemplate
-from pipeline.data.loss_runs import Runs, clipped, runs_of_mask
-from pipeline.data.packed_dataset import TOKEN_BYTES, PackedDataset
-from pipeline.data.rows import Row, as_integers, rows
-from pipeline.data.sources import Unit, resolve_source_path
+from pipeline.data.rows import Row, rows
+from pipeline.data.sources import Unit
 from pipeline.errors import DataError
-from pipeline.recipe.schema import PackedSource, RowSource, Source, TextSource
-
-IGNORE_LABEL = -100
+from pipeline.recipe.schema import RowSource, Source, TextSource
 
 OnSkip = Callable[[str], None]
 
@@ -37,22 +29,10 @@ class RawDocument:
     """Characters `[start, stop)` whose tokens count in the loss; None is all."""
 
 
-class TokenizedDocument(NamedTuple):
-    """Token ids as a source holds them. A tuple: there are millions of them."""
-
-    name: str
-    input_ids: NDArray[Any]
-    """Integers [tokens]; not yet checked against a vocabulary"""
-    loss_runs: Runs | None
-    """Tokens that count; None is all."""
-    stored_at: int | None = None
-    """Byte of the unit's file at which they lie as 32-bit integers; None where they do not."""
-
-
 def documents(
     unit: Unit, *, source: Source, chat: ChatTemplate | None = None, on_skip: OnSkip | None = None
-) -> Iterator[RawDocument | TokenizedDocument]:
-    """The documents of a unit of `source`, one at a time, also those without a character.
+) -> Iterator[RawDocument]:
+    """The texts of a unit of `source`, one at a time, also those without a character.
 
     `chat` renders chats. `on_skip` is called with the name of each file that is not UTF-8 and that
     `on_undecodable: skip` passes over. Raises DataError naming file and row for what is no document.
@@ -60,8 +40,6 @@ def documents(
     match source:
         case TextSource():
             yield from _texts(unit, source=source, on_skip=on_skip)
-        case PackedSource():
-            yield from _packed(unit, source=source)
         case RowSource():
             read = _READERS[source.content]
             for row in rows(unit, type=source.type, columns=_columns(source)):
@@ -92,15 +70,9 @@ def _read_text(path: Path, *, skip: bool) -> str | None:
 
 
 def _columns(source: RowSource) -> tuple[str, ...]:
-    columns = source.columns
-    match source.content:
-        case "text":
-            return (columns.text or "text",)
-        case "tokens":
-            asked = (columns.input_ids, columns.labels, columns.loss_mask)
-            return tuple(column for column in asked if column is not None)
-        case "chat":
-            return tuple(dict.fromkeys(value.split(".")[0] for value in source.roles.values()))
+    if source.content == "chat":
+        return tuple(dict.fromkeys(value.split(".")[0] for value in source.roles.values()))
+    return (source.columns.text or "text",)
 
 
 def _text_of(row: Row, source: RowSource, _: ChatTemplate | None) -> RawDocument:
@@ -156,58 +128,7 @@ def _messages(row: Row, *, source: RowSource) -> list[dict[str, str]]:
     return messages
 
 
-def _tokens_of(row: Row, source: RowSource, _: ChatTemplate | None) -> TokenizedDocument:
-    columns = source.columns
-    assert columns.input_ids is not None
-    input_ids = _integers(row, column=columns.input_ids)
-    stored_at = row.stored_at.get(columns.input_ids) if input_ids.itemsize == TOKEN_BYTES else None
-    if columns.labels:
-        labels = _integers(row, column=columns.labels, like=input_ids)
-        counts = labels != IGNORE_LABEL
-        if (wrong := np.flatnonzero(counts & (labels != input_ids))).size:
-            at = int(wrong[0])
-            raise DataError(
-                f"{row.where} has the label {labels[at]} at token {at}, which is {input_ids[at]}; a label is its own "
-                f"token, or {IGNORE_LABEL} where it does not count: shift labels back by one, or repair the row"
-            )
-        return TokenizedDocument(row.name, input_ids, runs_of_mask(counts), stored_at)
-    if columns.loss_mask:
-        mask = _integers(row, column=columns.loss_mask, like=input_ids)
-        if (wrong := np.flatnonzero((mask != 0) & (mask != 1))).size:
-            at = int(wrong[0])
-            raise DataError(f"{row.where} has {mask[at]} in its loss mask at token {at}; it must be 0 or 1")
-        return TokenizedDocument(row.name, input_ids, runs_of_mask(mask == 1), stored_at)
-    return TokenizedDocument(row.name, input_ids, None, stored_at)
-
-
-def _integers(row: Row, *, column: str, like: NDArray[Any] | None = None) -> NDArray[Any]:
-    found = as_integers(row.values[column])
-    if found is None:
-        raise DataError(f"{row.where} has no list of integers in column {column!r}; repair or drop the row")
-    if like is not None and len(found) != len(like):
-        raise DataError(
-            f"{row.where} has {len(found)} values in column {column!r} and {len(like)} tokens; they must be as many"
-        )
-    return found
-
-
-def _packed(unit: Unit, *, source: PackedSource) -> Iterator[TokenizedDocument]:
-    """The documents of a part file, one read of a sample at a time; checksums are verified."""
-    dataset = PackedDataset.open(resolve_source_path(source.path))
-    (part,) = (number for number, part in enumerate(dataset.manifest.parts) if part.name == unit.files[0].name)
-    for sample in np.flatnonzero(dataset.index.part == part).tolist():
-        known = dataset.sample(sample)
-        tokens = dataset.read_tokens(sample, 0, known.n_tokens, verify=True)
-        for number, (start, stop) in enumerate(pairwise(known.cu_seqlens.tolist())):
-            runs = clipped(known.loss_runs, start=start, stop=stop)
-            whole = len(runs) == 1 and runs[0].tolist() == [0, stop - start]
-            name = f"sample {sample} document {number}"
-            stored_at = int(dataset.index.payload_offset[sample]) + TOKEN_BYTES * start
-            yield TokenizedDocument(name, tokens[start:stop], None if whole else runs, stored_at)
-
-
-_READERS: dict[str, Callable[[Row, RowSource, ChatTemplate | None], RawDocument | TokenizedDocument]] = {
+_READERS: dict[str, Callable[[Row, RowSource, ChatTemplate | None], RawDocument]] = {
     "text": _text_of,
     "chat": _chat_of,
-    "tokens": _tokens_of,
 }

@@ -49,7 +49,6 @@ class TokenRecord:
     documents: int
     """Texts, after `max_document_tokens` cut the long ones."""
     tokens: int
-    max_token_id: int
     stored_in: str | None
     """The unit's file, where the tokens are read from there."""
 
@@ -168,6 +167,12 @@ class TokenReader:
         first = int(self._first_run[document])
         runs = self._runs[int(self._part_of(np.array([document]))[0])]
         return clipped(runs[first : first + count], start=start, stop=stop)
+
+    def name(self, document: int) -> str:
+        """Where the document was found."""
+        part = int(self._part_of(np.array([document]))[0])
+        rows = read_document_rows(self._parts[part].documents_path)
+        return str(rows["name"][document - int(self._first_document[part])])
 
     def every_token_counts(self, document: NDArray[Any]) -> bool:
         """Whether none of the documents has a token that does not count."""

@@ -11,11 +11,12 @@ from shutil import rmtree
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.data.source_documents import TokenizedDocument, documents
+from pipeline.data.source_documents import documents
+from pipeline.data.source_tokens import is_tokenized
 from pipeline.data.sources import units
 from pipeline.errors import DataError
 from pipeline.files import HOST, replaced, write_json
-from pipeline.recipe.schema import PackedSource, Source, TrainTokenizer
+from pipeline.recipe.schema import Source, TrainTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_TEXT_CHARACTERS = 1 << 18  # of one text; a single huge one must not be the whole training sample
@@ -41,13 +42,11 @@ def training_texts(sources: Sequence[Source], *, budget: int) -> Iterator[str]:
 
     Raises DataError if the sources hold no text.
     """
-    work = [unit for unit in units(sources) if not isinstance(sources[unit.source], PackedSource)]
+    work = [unit for unit in units(sources) if not is_tokenized(sources[unit.source])]
     share = min(1.0, budget / max(1, sum(unit.size for unit in work)))
     seen = taken = 0
     for unit in work:
         for document in documents(unit, source=sources[unit.source]):
-            if isinstance(document, TokenizedDocument):
-                break  # a source that is tokenized already
             text = document.text[:TRAINING_TEXT_CHARACTERS]
             if text and taken <= seen * share:
                 yield text

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.data import write
 from pipeline.data.loss_runs import whole
+from pipeline.data.manifest import FORMAT_VERSION
 from pipeline.data.packed_dataset import PackedDataset, SampleContent, write_part
 from pipeline.errors import DataError
 from tests.unit.data_support import packed
@@ -54,7 +55,7 @@ def test_a_samples_numbers_follow_from_its_documents(dataset: PackedDataset) -> 
 def test_the_cost_of_a_long_document_does_not_overflow(tmp_path: Path) -> None:
     tokens, ends = np.zeros(100_000, np.uint32), np.array([0, 100_000], np.int32)
     index = write_part(
-        tmp_path / "part.arrow", samples=[SampleContent(tokens, ends, np.zeros(1, np.int64), whole(100_000))]
+        tmp_path / "part.arrow", samples=[SampleContent(tokens, ends, np.zeros(1, np.int64), whole(100_000), 0)]
     ).index
     assert index.cost.tolist() == [10**10]
 
@@ -139,7 +140,7 @@ def test_a_damaged_index_or_manifest_is_found_on_opening(own_dataset: PackedData
 def test_another_format_version_is_refused(own_dataset: PackedDataset) -> None:
     path = own_dataset.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(DataError, match=r"format version 99, and this version reads 2; pack"):
+    with pytest.raises(DataError, match=rf"format version 99, and this version reads {FORMAT_VERSION}; pack"):
         PackedDataset.open(own_dataset.folder)
 
 

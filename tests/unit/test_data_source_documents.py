@@ -23,6 +23,7 @@ from pipeline.data.loss_runs import clipped, count_labels, joined, mask_of_runs,
 from pipeline.data.pack import pack
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.data.source_documents import RawDocument, documents
+from pipeline.data.source_tokens import tokenized_documents
 from pipeline.data.sources import units
 from pipeline.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from pipeline.errors import DataError
@@ -49,6 +50,18 @@ def source_of(kind: str, path: Path | str, **settings: Any) -> Any:
 
 def read(source: Any, **settings: Any) -> list[Any]:
     return [found for unit in units([source]) for found in documents(unit, source=source, **settings)]
+
+
+def read_tokens(source: Any) -> list[tuple[str, list[int], list[list[int]] | None]]:
+    """Name, tokens and loss runs of every document."""
+    return [
+        (name.as_py(), found.input_ids[start:stop].tolist(), None if runs is None else runs.tolist())
+        for unit in units([source])
+        for found in tokenized_documents(unit, source=source)
+        for name, (start, stop), runs in zip(
+            found.names, pairwise(found.offsets), found.loss_runs or [None] * len(found.names), strict=True
+        )
+    ]
 
 
 def write_rows(folder: Path, kind: str, rows: dict[str, list[Any]], *, name: str = "a") -> Path:
@@ -97,10 +110,14 @@ def test_token_ids_are_taken_as_they_are_with_what_counts(tmp_path: Path, kind: 
     path = write_rows(tmp_path, kind, {"ids": TOKENS, "labels": labels, "mask": masks})
     kind = kind.split(".")[0]
     for what in ({"labels": "labels"}, {"loss_mask": "mask"}):
-        found = read(source_of(kind, path, columns={"input_ids": "ids", **what}))
-        assert [list(document.input_ids) for document in found] == TOKENS
-        assert [document.loss_runs.tolist() for document in found] == [[[1, 3]], [], [], [[0, 1], [3, 4]]]
-    assert all(document.loss_runs is None for document in read(source_of(kind, path, columns={"input_ids": "ids"})))
+        names, tokens, runs = zip(
+            *read_tokens(source_of(kind, path, columns={"input_ids": "ids", **what})), strict=True
+        )
+        assert [name.rpartition(":")[2] for name in names] == ["1", "2", "3", "4"]
+        assert list(tokens) == TOKENS
+        assert list(runs) == [[[1, 3]], [], [], [[0, 1], [3, 4]]]
+    every = read_tokens(source_of(kind, path, columns={"input_ids": "ids"}))
+    assert [(tokens, runs) for _, tokens, runs in every] == [(tokens, None) for tokens in TOKENS]
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "uint32", "int64"])
@@ -144,13 +161,13 @@ def test_tokens_or_masks_that_do_not_fit_are_errors_that_name_file_and_row(
 ) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=f"a.jsonl {says}"):
-        read(source_of("jsonl", tmp_path / "a.jsonl", columns={"input_ids": "ids", "loss_mask": "mask"}))
+        read_tokens(source_of("jsonl", tmp_path / "a.jsonl", columns={"input_ids": "ids", "loss_mask": "mask"}))
 
 
 def test_shifted_labels_are_an_error_that_says_so(tmp_path: Path) -> None:
     path = write_rows(tmp_path, "parquet", {"ids": [[1, 2, 3]], "labels": [[2, 3, -100]]})
     with pytest.raises(DataError, match=r"a.parquet row 1 has the label 2 at token 0, which is 1; .*shift labels back"):
-        read(source_of("parquet", path, columns={"input_ids": "ids", "labels": "labels"}))
+        read_tokens(source_of("parquet", path, columns={"input_ids": "ids", "labels": "labels"}))
 
 
 @pytest.mark.parametrize(("ids", "told"), [([-4, 3], "-4"), ([3, 1 << 32], str(1 << 32)), ([3, 50], "50")])
@@ -161,6 +178,21 @@ def test_token_ids_outside_the_vocabulary_are_errors_that_name_the_row(
     source = source_of("jsonl", path, columns={"input_ids": "ids"})
     with pytest.raises(DataError, match=rf"token id {told} in a.jsonl:2 is .*repair"):
         pack(recipe_of([source], tokenizer=None, seq_len=8, vocab_size=50), tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32"])
+@pytest.mark.parametrize("ids", [[3, -4], [3, 50]])
+def test_token_ids_that_stay_in_their_file_are_checked_too(tmp_path: Path, ids: list[int], dtype: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"ids": datasets.List(datasets.Value(dtype))})
+    rows = {"ids": [[1, 2], [token % 2**32 if dtype == "uint32" else token for token in ids], [3] * 9]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "in"))
+    source = source_of("huggingface", tmp_path / "in", columns={"input_ids": "ids"})
+    for limit in (50, None) if ids[1] < 0 else (50,):
+        with pytest.raises(DataError, match=rf"token id {ids[1]} in data-00000-of-00001.arrow:2 is .*repair"):
+            pack(recipe_of([source], tokenizer=None, seq_len=4, vocab_size=limit), tmp_path / f"out-{limit}")
+    if ids[1] > 0:
+        assert pack(recipe_of([source], tokenizer=None, seq_len=4, vocab_size=51), tmp_path / "out").max_token_id == 50
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "huggingface"])

@@ -397,7 +397,7 @@ def test_tokens_begin_at_a_page_of_the_file_and_are_written_without_a_copy(
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: sizes.append(len(data)) or pwrite(fd, data, at))
     tokens = aligned_tokens(length)
     tokens[:] = np.arange(length)
-    sample = SampleContent(tokens, np.array([0, length], np.int32), np.zeros(1, np.int64), whole(length))
+    sample = SampleContent(tokens, np.array([0, length], np.int32), np.zeros(1, np.int64), whole(length), length - 1)
     index = write_part(tmp_path / "part.arrow", samples=[sample] * 3).index
     assert (index.payload_offset % PAGE == 0).all()
     assert sizes.count(4 * length // PAGE * PAGE) == 3

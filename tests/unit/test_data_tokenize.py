@@ -134,7 +134,7 @@ def test_tokens_and_lengths_on_disk_are_the_documents(tmp_path: Path) -> None:
     corpus = numbered_documents([3, 1, 40, 7])[::-1]
     record = run(jsonl(write_corpus(tmp_path / "c.jsonl", corpus)), tmp_path / "work")
     assert read(tmp_path / "work") == corpus
-    assert (record.texts, record.documents, record.tokens, record.max_token_id) == (4, 4, 51, 51)
+    assert (record.texts, record.documents, record.tokens) == (4, 4, 51)
     assert TokenPart(tmp_path / "work").record(key="key") == record
     assert TokenPart(tmp_path / "work").record(key="other inputs") is None
 
@@ -174,7 +174,7 @@ def test_a_token_id_outside_the_models_vocabulary_is_an_error_that_names_the_tex
     source = jsonl(write_corpus(tmp_path / "c.jsonl", numbered_documents([5, 5])))
     with pytest.raises(DataError, match=r"token id 10 in c.jsonl:2 is outside the vocabulary of 10; set"):
         run(source, tmp_path / "work", vocab_limit=10)
-    assert run(source, tmp_path / "work", vocab_limit=11).max_token_id == 10
+    assert run(source, tmp_path / "work", vocab_limit=11).tokens == 10
 
 
 def test_a_part_that_fails_midway_leaves_nothing_that_looks_whole(
