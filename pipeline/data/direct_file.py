@@ -1,5 +1,6 @@
 """A file that is written once, past the page cache: a packed data set is read much later, and a dirty cache stalls the
-writer at a fifth of the disk's speed. Where the file system cannot, it is written through the cache.
+writer at a fifth of the disk's speed. Where the file system cannot, it is written through the cache, and the cache is
+emptied behind it.
 """
 
 import errno
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 PAGE = 4096  # direct I/O wants memory, file offset and size in multiples of it, on every common file system
 STAGE_BYTES = 1 << 20
+SETTLE_BYTES = 16 << 20  # through the cache, 2.3 GB took 6 s at once and 1.3-1.7 s so; direct I/O takes 1.3 s
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -36,6 +38,7 @@ class DirectFile:
         self._stage = memoryview(mmap.mmap(-1, STAGE_BYTES))
         self._staged = 0
         self._written = 0
+        self._settled = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
             self._descriptor = os.open(path, flags | DIRECT, 0o666)
@@ -96,6 +99,15 @@ class DirectFile:
                 continue
             self._written += count
             view = view[count:]
+        if self._written - self._settled >= SETTLE_BYTES:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Gives back the pages of the cache, so that the same few are used again and none is dirty for long."""
+        if not fcntl(self._descriptor, F_GETFL) & DIRECT:
+            os.fdatasync(self._descriptor)
+            os.posix_fadvise(self._descriptor, self._settled, 0, os.POSIX_FADV_DONTNEED)
+        self._settled = self._written
 
     def _finish(self) -> None:
         """Writes the last page whole and cuts the file to its length."""
@@ -104,6 +116,7 @@ class DirectFile:
         self._flush()
         os.ftruncate(self._descriptor, size)
         os.fsync(self._descriptor)
+        self._settle()
 
 
 def _address(view: memoryview) -> int:
@@ -113,7 +126,7 @@ def _address(view: memoryview) -> int:
 def _warn(path: Path) -> None:
     """Once per process: Python shows a warning of one place and text once."""
     warnings.warn(
-        f"the file system of {path.parent} has no direct I/O; writing through the page cache, about a third as fast",
+        f"the file system of {path.parent} has no direct I/O; writing through the page cache",
         RuntimeWarning,
         stacklevel=1,
     )
