@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pipeline.attention.kernels import AttentionKernel, Scoring
 from pipeline.attention.segments import Segments
+from pipeline.attention.tape import AttentionTape, Output
 from pipeline.errors import RecipeError, RunError
 from pipeline.parallel.exchange import heads_to_sequence, sequence_to_heads
 from pipeline.parallel.mesh import Mesh
@@ -31,6 +32,8 @@ class AttentionContext:
     segments: Segments
     mesh: Mesh
     kernel: AttentionKernel
+    tape: AttentionTape | None = None
+    """Set by what runs a layer more than once; None asks the kernel every time."""
 
 
 def register() -> None:
@@ -124,7 +127,10 @@ class _Attention(torch.autograd.Function):
         context: AttentionContext,
         scoring: Scoring,
     ) -> torch.Tensor:
-        out, lse = context.kernel.forward(q, k, v, sinks, context.segments, scoring)
+        def ask_kernel() -> Output:
+            return context.kernel.forward(q, k, v, sinks, context.segments, scoring)
+
+        out, lse = context.tape.play_or_record(ask_kernel) if context.tape else ask_kernel()
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.context, ctx.scoring = context, scoring
         return out

@@ -1,15 +1,27 @@
-"""Keep each layer's input only, in a store that may be host memory, and run the layer again in backward.
+"""Keep the input of every k-th layer only, in a store that may be host memory, and run the layers again in backward.
 
-Through transformers' own seam for every decoder layer (ALST §3.3; Chen et al., arXiv 1604.06174).
+Through transformers' own seam for every decoder layer, inside the layer's hooks: ZeRO-3's on the layer see one forward,
+those on its children see each (ALST §3.3; Chen et al., arXiv 1604.06174). What a group of k
+layers needs to run again waits in the store from its forward to its backward:
+
+    layers_per_group = 1   each layer's input; backward runs the layer forward once more
+    layers_per_group = k   the first layer's input: 1/k of the bytes; backward first runs the group forward once more,
+                           and keeps the inputs of its layers on the device for as long as the group is live
+    keep_attention         also attention's out and lse: the kernel is not asked again, whatever runs again
+
+In a group the kernel is asked no more than twice either: what it gives in the first of the two runs of backward is on
+the tape in the second.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.attention.tape import AttentionTape
 from pipeline.errors import RunError
 from pipeline.memory.offload import DeviceStore, Handle, HostStore
 from pipeline.model.anatomy import decoder_layers
@@ -17,48 +29,123 @@ from pipeline.model.anatomy import decoder_layers
 Store = HostStore | DeviceStore
 
 
-def attach(model: nn.Module, *, store: Store) -> None:
-    """Checkpoint every decoder layer; its input waits in `store`."""
-    for layer in decoder_layers(model):
-        layer._gradient_checkpointing_func = partial(_checkpoint, store)
-        layer.gradient_checkpointing = True
+def attach(model: nn.Module, *, store: Store, keep_attention: bool = False, layers_per_group: int = 1) -> None:
+    """Checkpoint every decoder layer, in groups; what they need to run again waits in `store`."""
+    layers = decoder_layers(model)
+    for first in range(0, len(layers), layers_per_group):
+        members = layers[first : first + layers_per_group]
+        group = _Group(len(members), store, keep_attention)
+        for layer in members:
+            layer._gradient_checkpointing_func = partial(_checkpoint, group, layer is members[0])
+            layer.gradient_checkpointing = True
 
 
-def _checkpoint(store: Store, layer: Callable[..., Any], hidden_states: torch.Tensor, *others: Any) -> torch.Tensor:
-    """`layer(hidden_states, *others)`, which keeps nothing but `hidden_states`, in the store."""
-    keywords = getattr(layer, "keywords", {})
-    for name, value in (*enumerate(others), *keywords.items()):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            raise RunError(f"the layer's argument {name} needs a gradient of its own; this model is not supported")
+@dataclass
+class _Call:
+    """A layer's call in one micro-batch, all but its hidden states; it may run more than once."""
+
+    layer: Callable[..., Any]
+    others: tuple[Any, ...]
+
+    def run(self, hidden_states: torch.Tensor, tape: AttentionTape | None = None) -> torch.Tensor:
+        """The layer's output; its attention is played from the tape, or recorded on it."""
+        layer = self.layer
+        context = getattr(layer, "keywords", {}).get("attention_context")
+        if tape is not None and context is not None:
+            tape.rewind()
+            layer = partial(layer, attention_context=replace(context, tape=tape))
+        return _tensor(layer(hidden_states, *self.others))
+
+
+@dataclass
+class _Group:
+    """Layers that share one checkpoint. All but the last one only note their call and pass on their input."""
+
+    size: int
+    store: Store
+    keep_attention: bool
+    calls: list[_Call] = field(default_factory=list)
+    input: torch.Tensor | None = None
+
+
+def _checkpoint(
+    group: _Group, is_first: bool, layer: Callable[..., Any], hidden_states: torch.Tensor, *others: Any
+) -> torch.Tensor:
+    """`layer(hidden_states, *others)`, which keeps no activation; inside a group, when its last layer is called."""
+    call = _Call(layer, others)
     if not torch.is_grad_enabled():
-        return _tensor(layer(hidden_states, *others))
+        return call.run(hidden_states)
+    _refuse_gradients_of_others(call)
     if not hidden_states.requires_grad:
         raise RunError("a layer's input needs no gradient (frozen embeddings?): its parameters would get none either")
-    out: torch.Tensor = _Checkpoint.apply(lambda hidden: layer(hidden, *others), store, hidden_states)
+    if is_first:
+        group.calls, group.input = [], hidden_states
+    elif group.input is None or not _same_memory(hidden_states, group.input):
+        raise RunError(
+            "the model changes hidden states between its layers, which layers_per_group would undo; "
+            "set memory.activation_checkpoint.layers_per_group: 1"
+        )
+    group.calls.append(call)
+    if len(group.calls) < group.size:
+        return hidden_states
+    calls, group.calls, group.input = group.calls, [], None
+    out: torch.Tensor = _Checkpoint.apply(calls, group.store, group.keep_attention, hidden_states)
     return out
 
 
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both hold the same values because they are the same bytes: hooks of ZeRO-3 make new tensors of them."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one._version == other._version
+
+
+def _refuse_gradients_of_others(call: _Call) -> None:
+    keywords = getattr(call.layer, "keywords", {})
+    for name, value in (*enumerate(call.others), *keywords.items()):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise RunError(f"the layer's argument {name} needs a gradient of its own; this model is not supported")
+
+
 class _Checkpoint(torch.autograd.Function):
-    """The layer runs again inside a backward of its own, so that ZeRO-3's hooks gather its parameters for the second
-    forward and for its backward as they do without checkpointing."""
+    """The layers run again inside a backward of their own, so that ZeRO-3's hooks gather their parameters for each
+    forward and for the backward as they do without checkpointing."""
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Callable[[torch.Tensor], Any], store: Store, hidden_states: torch.Tensor
+        ctx: Any, calls: list[_Call], store: Store, keep_attention: bool, hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        ctx.layer, ctx.store = layer, store
-        ctx.handle = store.put(hidden_states)
-        return _tensor(layer(hidden_states))
+        ctx.calls, ctx.store = calls, store
+        ctx.input = store.put(hidden_states)
+        ctx.kept = []
+        for call in calls:
+            tape = AttentionTape() if keep_attention else None
+            hidden_states = call.run(hidden_states, tape)
+            ctx.kept.append([(store.put(out), store.put(lse)) for out, lse in tape.outputs] if tape else [])
+        return hidden_states
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, torch.Tensor | None]:
-        handle: Handle = ctx.handle
-        hidden_states = ctx.store.get(handle).requires_grad_()
-        ctx.handle = None
-        with torch.enable_grad():
-            out = _tensor(ctx.layer(hidden_states))
-        torch.autograd.backward(out, grads[0])
-        return None, None, hidden_states.grad
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None, torch.Tensor | None]:
+        calls: list[_Call] = ctx.calls
+        kept: list[list[tuple[Handle, Handle]]] = ctx.kept
+        tapes = [AttentionTape([(ctx.store.get(out), ctx.store.get(lse)) for out, lse in pairs]) for pairs in kept]
+        inputs = _inputs(calls, tapes, first=ctx.store.get(ctx.input))
+        ctx.input = ctx.kept = None
+        grad: torch.Tensor | None = grads[0]
+        for call in reversed(calls):
+            hidden_states = inputs.pop().requires_grad_()
+            with torch.enable_grad():
+                out = call.run(hidden_states, tapes.pop())
+            torch.autograd.backward(out, grad)
+            grad = hidden_states.grad
+        return None, None, None, grad
+
+
+def _inputs(calls: list[_Call], tapes: list[AttentionTape], *, first: torch.Tensor) -> list[torch.Tensor]:
+    """The input of every layer, out of the first one's; attention's outputs are on the tapes then."""
+    inputs = [first]
+    with torch.no_grad():
+        for call, tape in zip(calls[:-1], tapes, strict=False):
+            inputs.append(call.run(inputs[-1], tape))
+    return inputs
 
 
 def _tensor(out: Any) -> torch.Tensor:

@@ -47,7 +47,12 @@ def attach(model: PreTrainedModel, memory: MemoryRecipe, *, mlp_tile_tokens: int
         tiled_mlp.attach(model, tile_tokens=mlp_tile_tokens)
     if memory.activation_checkpoint is not None:
         store = HostStore() if memory.activation_checkpoint.offload == "cpu" else DeviceStore()
-        activation_checkpoint.attach(model, store=store)
+        activation_checkpoint.attach(
+            model,
+            store=store,
+            keep_attention=memory.activation_checkpoint.keep_attention,
+            layers_per_group=memory.activation_checkpoint.layers_per_group,
+        )
     kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
     tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)
     return Attached(store, gathered_whole=(tiled_mlp.TiledMLP,) if memory.tiled_mlp is not None else ())

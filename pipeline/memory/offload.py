@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.errors import RunError
+
 
 @dataclass(frozen=True)
 class Handle:
@@ -12,6 +14,8 @@ class Handle:
 
     waiting: torch.Tensor
     device: torch.device
+    version: int = 0
+    """Of the tensor when it was put, where it is still the same memory"""
 
 
 class HostStore:
@@ -38,12 +42,19 @@ class HostStore:
 
 
 class DeviceStore:
-    """Keeps tensors where they are: activation checkpointing without offload."""
+    """Keeps tensors where they are: activation checkpointing without offload.
 
-    peak_bytes = 0
+    Nothing is copied, so nobody may change them: `get` raises RunError if somebody did.
+    """
+
+    held_bytes = peak_bytes = 0
 
     def put(self, tensor: torch.Tensor) -> Handle:
-        return Handle(tensor.detach(), tensor.device)
+        return Handle(tensor.detach(), tensor.device, tensor._version)
 
     def get(self, handle: Handle) -> torch.Tensor:
+        if handle.waiting._version != handle.version:
+            raise RunError(
+                "the model changed a layer's input or attention output in place; this model is not supported"
+            )
         return handle.waiting

@@ -4,7 +4,7 @@ The stock model runs eager, one document at a time. Ours runs all documents pack
 tiles that divide nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -114,10 +114,14 @@ def train_attached(
     *,
     mode: Callable[[], AbstractContextManager[Any]],
     kernel: AttentionKernel | None = None,
+    features: Sequence[str] = (),
 ) -> Training:
-    """Every feature on, all documents packed. Raises RunError if a layer's attention does not come to our function."""
+    """Every feature on, all documents packed; `features` are further overrides of the recipe.
+
+    Raises RunError if a layer's attention does not come to our function.
+    """
     layers = len(decoder_layers(model))
-    memory = load("tiny", overrides=["memory.activation_checkpoint.offload=cpu"]).memory
+    memory = load("tiny", overrides=["memory.activation_checkpoint.offload=cpu", *features]).memory
     attach(model, memory, mlp_tile_tokens=MLP_TILE_TOKENS, loss_tile_tokens=LOSS_TILE_TOKENS)
     counting = _CountingKernel(kernel or CpuKernel())
     segments = segments_of(torch.tensor(BOUNDS, dtype=torch.int32), device=torch.device("cpu"))

@@ -252,10 +252,14 @@ class TiledMLP(Section):
 
 
 class ActivationCheckpoint(Section):
-    """Keep each layer's input only, and run the layer again in backward."""
+    """Keep the input of every k-th layer only, and run the layers again in backward."""
 
     offload: Literal["cpu"] | None
-    """Where the kept inputs wait: null is the device, cpu is host memory (ALST §3.3)."""
+    """Where what is kept waits: null is the device, cpu is host memory (ALST §3.3)."""
+    keep_attention: bool
+    """Keep attention's output too, as many bytes again: the kernel runs once in forward and not again."""
+    layers_per_group: Count
+    """Layers that share one checkpoint: 1/k of the bytes for one more forward of the layers."""
 
 
 class Allocator(Section):

@@ -11,8 +11,13 @@ FEATURES = {
     "mlp": ("memory.tiled_loss=null", "memory.activation_checkpoint=null"),
     "checkpoint": ("memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.activation_checkpoint.offload=null"),
     "all": (),
+    "groups": ("memory.activation_checkpoint.layers_per_group=2",),
+    "kept attention": (
+        "memory.activation_checkpoint.keep_attention=true",
+        "memory.activation_checkpoint.layers_per_group=2",
+    ),
 }
-"""Overrides that leave each memory feature alone on."""
+"""Overrides that leave each memory feature alone on, or all, or all and what the default leaves off."""
 
 
 @dataclass(frozen=True)

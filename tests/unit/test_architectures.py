@@ -51,18 +51,24 @@ NAMED_IN_THE_ISSUE = (
 )
 
 
-def difference(name: str, *, mode=NothingBelowFloat64, kernel=None) -> Difference:
+KEPT = "memory.activation_checkpoint.keep_attention=true"
+GROUPS = "memory.activation_checkpoint.layers_per_group=2"  # of three layers
+
+
+def difference(name: str, *, mode=NothingBelowFloat64, kernel=None, features=()) -> Difference:
     config = ARCHITECTURES[name]
     model_type = config.pop("model_type")
     register()
     stock = train_stock(build_tiny(model_type, config, attention="eager"), mode=mode)
-    ours = train_attached(build_tiny(model_type, config, attention=ALST_ATTENTION), mode=mode, kernel=kernel)
+    model = build_tiny(model_type, config, attention=ALST_ATTENTION)
+    ours = train_attached(model, mode=mode, kernel=kernel, features=features)
     return compare(ours, stock)
 
 
+@pytest.mark.parametrize("features", [(), (KEPT, GROUPS)], ids=["each layer", "kept attention, groups"])
 @pytest.mark.parametrize("name", [*MAINSTREAM, *OTHERS])
-def test_loss_and_every_gradient_are_those_of_the_stock_model(name):
-    found = difference(name)
+def test_loss_and_every_gradient_are_those_of_the_stock_model(name, features):
+    found = difference(name, features=features)
     assert found.loss <= BOUND, found
     assert found.gradient <= BOUND, found
     assert found.not_zero == (), found
