@@ -1,0 +1,68 @@
+"""Host memory and a GPU: copies on streams of their own bring back what was sent, while the GPU computes."""
+
+import pytest
+import torch
+
+from pipeline.memory.offload import HostArena, HostStore
+
+MIB = 1 << 20
+
+
+def tensor_of(number: int, size: int = 4 * MIB) -> torch.Tensor:
+    return torch.full((size,), float(number), dtype=torch.bfloat16, device="cuda")
+
+
+def busy(seconds: float = 0.2) -> None:
+    """The compute stream has something to do for about so long."""
+    torch.cuda._sleep(int(seconds * 1e9))
+
+
+@pytest.mark.parametrize("resident_bytes", [0, 20 * MIB, 1 << 40])
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_nothing_is_read_before_it_is_written_or_overwritten_before_it_is_read(resident_bytes, ahead):
+    """Memory of tensors that leave is freed and used again at once, and the host memory by the next micro-batch."""
+    store = HostStore(resident_bytes=resident_bytes, ahead=ahead)
+    for round_ in range(3):
+        handles = []
+        for number in range(12):
+            busy(0.01)
+            tensor = tensor_of(number + 100 * round_)
+            handles.append(store.put(tensor))
+            del tensor
+            tensor_of(-1)  # takes the memory that was given back
+        for number in reversed(range(12)):
+            found = store.get(handles.pop())
+            busy(0.01)
+            assert (found == number + 100 * round_).all().item()
+            del found
+            tensor_of(-2)
+    assert store.held_bytes == 0
+
+
+def test_a_copy_to_the_host_does_not_wait_for_the_host():
+    """`put` returns while the GPU is still busy with what comes before."""
+    store = HostStore()
+    store.get(store.put(tensor_of(0)))  # streams and memory are there now
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    busy()
+    store.put(tensor_of(1))
+    done.record()
+    assert not done.query()
+
+
+def test_pinned_blocks_have_the_bytes_that_were_asked_for():
+    arena = HostArena(capacity_bytes=33 * MIB, pinned=True)
+    assert arena.reserved_bytes == 33 * MIB
+    _, piece = arena.take(torch.empty(MIB, dtype=torch.uint8))
+    assert piece.is_pinned()
+
+
+def test_the_device_holds_no_more_than_what_is_on_its_way():
+    store, size = HostStore(ahead=1), 64 * MIB
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    handles = [store.put(tensor_of(number, size // 2)) for number in range(16)]
+    while handles:
+        store.get(handles.pop())
+    assert torch.cuda.max_memory_allocated() - before <= 5 * size
