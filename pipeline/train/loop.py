@@ -13,7 +13,8 @@ from pipeline.metrics.meter import StepRecord, StepTimer, step_record
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.tracker import Tracker
 from pipeline.model.anatomy import matmul_parameters
-from pipeline.plan.flops import PEAK_FLOPS, model_flops
+from pipeline.plan.flops import model_flops
+from pipeline.plan.hardware import HARDWARE
 from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.evaluate import HeldOut, evaluate, is_due
 from pipeline.train.guard import Guard
@@ -127,7 +128,7 @@ def _record(
         else model_flops(
             plan.model, tokens=batch.tokens, sum_len_squared=batch.sum_len_squared, matmul_parameters=counted
         ),
-        peak_flops_per_rank=PEAK_FLOPS.get(plan.recipe.hardware.gpu),
+        peak_flops_per_rank=HARDWARE[plan.recipe.hardware.gpu].peak_flops,
         peak_device_bytes=result.peak_device_bytes,
         peak_host_rss_bytes=max(result.peak_host_rss_bytes),
         offloaded_bytes=0 if attached.store is None else attached.store.peak_bytes,
