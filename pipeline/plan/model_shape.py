@@ -112,6 +112,11 @@ def model_shape(model: ModelRecipe) -> ModelShape:
         raise RecipeError(f"model.config has no model_type; add it (found: {', '.join(sorted(config))})")
     require_supported(config["model_type"])
     require_exact(config)
+    return shape_of(config)
+
+
+def shape_of(config: Mapping[str, Any]) -> ModelShape:
+    """The shape in a config, of a file or of transformers. Raises RecipeError if it lacks a size."""
 
     def size(*names: str, default: int | None = None) -> int:
         for name in names:
@@ -148,7 +153,7 @@ def model_shape(model: ModelRecipe) -> ModelShape:
         intermediate_size=size("intermediate_size", "n_inner", default=4 * hidden),
         vocab_size=size("vocab_size"),
         max_position_embeddings=limit if isinstance(limit, int) else None,
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", config["model_type"] in TIED)),
         mlp_matrices=2 if config["model_type"] in UNGATED else 3,
         query_key_norm=config["model_type"] in NORMALIZED_QUERIES,
         **_experts(config),
@@ -170,6 +175,9 @@ UNGATED = {
     "starcoder2",
 }
 """Model types whose MLP has no gate."""
+
+TIED = {"cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2"}
+"""Model types whose head is the input embedding unless their config says otherwise."""
 
 NORMALIZED_QUERIES = {"qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe"}
 
@@ -198,14 +206,23 @@ def _experts(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+WINDOW_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
+"""Of so many layers the last sees all, where a config does not list its layers."""
+
+
 def _windows(config: Mapping[str, Any]) -> dict[str, int]:
     """The window and how many layers have it; nothing where every layer sees all."""
     window, layers = config.get("sliding_window"), config.get("num_hidden_layers")
     if not isinstance(window, int) or not isinstance(layers, int) or config.get("use_sliding_window") is False:
         return {}
-    kinds = config.get("layer_types")
-    windowed = layers if kinds is None else sum(kind == "sliding_attention" for kind in kinds)
-    return {"window": window, "num_window_layers": windowed} if windowed else {}
+    kinds, every = config.get("layer_types"), WINDOW_EVERY.get(config["model_type"])
+    if kinds is not None:
+        windowed = sum(kind == "sliding_attention" for kind in kinds)
+    elif every is not None:
+        windowed = layers - layers // every
+    else:
+        windowed = layers - int(config.get("max_window_layers") or 0)
+    return {"window": window, "num_window_layers": windowed} if windowed > 0 else {}
 
 
 def model_config(model: ModelRecipe) -> dict[str, Any]:
