@@ -15,7 +15,9 @@ from pipeline.errors import AlstError
 
 if TYPE_CHECKING:
     from pipeline.launch.submit import SubmittedJob
+    from pipeline.plan.estimate import Estimate
     from pipeline.plan.job import JobPlan
+    from pipeline.recipe.schema import Recipe
 
 app = typer.Typer(
     name="alst",
@@ -35,6 +37,10 @@ Overrides = Annotated[
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under ./runs.")]
 PackStage = Literal["tokenize", "plan", "write", "finish", "all"]
 TaskOption = Annotated[str, typer.Option(metavar="I/N", help="Task I of N, from 0, of stage tokenize or write.")]
+NodesOption = Annotated[int | None, typer.Option(help="Nodes, instead of hardware.nodes.")]
+ClusterOption = Annotated[
+    str | None, typer.Option(help="A profile: its GPUs, host memory and time limit instead of the recipe's.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
 
@@ -55,17 +61,65 @@ def root(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes, instead of hardware.nodes.")] = None,
+    nodes: NodesOption = None,
+    cluster: ClusterOption = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="ITEM", help="The formula of one item with its numbers, e.g. tiled_loss.")
+    ] = None,
+    compare: Annotated[str | None, typer.Option(metavar="RECIPE", help="Put this recipe beside the other.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Plot memory against length, with the limits.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every derived number of a job: mesh, lengths, tiles, FLOPs. Needs no GPU and no torch."""
-    job = _plan(recipe, overrides, nodes=nodes)
-    if as_json:
-        typer.echo(json.dumps(job.to_json(), indent=2))
-        return
-    from pipeline.plan.table import print_plan
+    """Tell what a job will take before it runs: bytes, seconds, MFU, what binds, and what to change. Needs no GPU."""
+    from pipeline.plan import table
 
-    print_plan(job)
+    jobs = [_plan(name, overrides, nodes=nodes, cluster=cluster) for name in (compare, recipe) if name is not None]
+    estimates = [_estimate(job, cluster) for job in jobs]
+    if plot is not None:
+        from pipeline.metrics.memory_plot import plot_memory
+
+        plot_memory(jobs[-1], plot)
+    if explain is not None:
+        table.print_explanation(estimates[-1], explain)
+    elif as_json:
+        told = [_told(estimate) for estimate in estimates]
+        typer.echo(json.dumps(told[0] if compare is None else told, indent=2))
+    elif compare is not None:
+        table.print_comparison(*estimates)
+    else:
+        from pipeline.plan.advice import advise
+
+        table.print_estimate(estimates[0], advise(jobs[0]))
+
+
+@app.command()
+def fit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    nodes: NodesOption = None,
+    cluster: ClusterOption = None,
+    features: Annotated[
+        Literal["recipe", "auto"],
+        typer.Option(
+            help="`auto` also chooses the memory features: the fastest that fit data.seq_len, or the longest."
+        ),
+    ] = "recipe",
+    as_json: JsonOption = False,
+) -> None:
+    """Find the longest sequence that fits and say what binds. With `--features auto data.seq_len=N`, how to fit N."""
+    from pipeline.plan.advice import choose
+    from pipeline.plan.table import print_fit
+
+    wanted = any(override.partition("=")[0] == "data.seq_len" for override in overrides or [])
+    asked = list(overrides or []) if wanted and features == "auto" else [*(overrides or []), "data.seq_len=auto"]
+    job = choose(_recipe(recipe, asked, nodes=nodes, cluster=cluster), features=features)
+    estimate = _estimate(job, cluster)
+    if as_json:
+        typer.echo(json.dumps(_told(estimate), indent=2))
+    else:
+        print_fit(estimate, chosen=features == "auto")
 
 
 @app.command()
@@ -129,25 +183,24 @@ def submit(
         str | None,
         typer.Option(help="A profile: a name under slurm/clusters/, or a path; `local` is this machine. $ALST_CLUSTER"),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes, instead of hardware.nodes.")] = None,
+    nodes: NodesOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and print everything, submit nothing.")] = False,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
-    from pipeline.plan.table import print_plan
 
     name = cluster or default_cluster()
     if name == LOCAL:
         job = _plan(recipe, overrides, nodes=nodes)
-        print_plan(job)
+        _print_estimate(job, None)
         if not dry_run:
             _train_here(job)
         return
     from pipeline.launch.submit import prepare, read_jobs, submit_new
 
     profile = load_cluster(name)
-    job = _plan(recipe, [*profile.overrides(nodes=nodes), *(overrides or [])])
-    print_plan(job)
+    job = _plan(recipe, overrides, nodes=nodes, cluster=name)
+    _print_estimate(job, name)
     run_dir = prepare(job, profile) if dry_run else submit_new(job, profile)
     typer.echo(f"run folder: {run_dir.path}")
     if dry_run:
@@ -312,14 +365,48 @@ def models(
     print_models(found)
 
 
-def _plan(recipe: str, overrides: list[str] | None, *, nodes: int | None = None) -> "JobPlan":
-    from pipeline.plan.job import plan_job
+def _recipe(recipe: str, overrides: list[str] | None, *, nodes: int | None, cluster: str | None) -> "Recipe":
+    """With what a cluster's profile says, then the overrides, then `--nodes`."""
+    from pipeline.plan.cluster import LOCAL, load_cluster
     from pipeline.recipe.load import load
 
-    asked = list(overrides or [])
+    said = [] if cluster in (None, LOCAL) else load_cluster(cluster).overrides(nodes=None)
+    asked = [*said, *(overrides or [])]
     if nodes is not None:
         asked.append(f"hardware.nodes={nodes}")
-    return plan_job(load(recipe, overrides=asked))
+    return load(recipe, overrides=asked)
+
+
+def _plan(
+    recipe: str, overrides: list[str] | None, *, nodes: int | None = None, cluster: str | None = None
+) -> "JobPlan":
+    from pipeline.plan.job import plan_job
+
+    return plan_job(_recipe(recipe, overrides, nodes=nodes, cluster=cluster))
+
+
+def _estimate(job: "JobPlan", cluster: str | None) -> "Estimate":
+    """With the documents of the job's packed data set, if it is there, and the time limit of the cluster."""
+    from pipeline.plan.cluster import LOCAL, load_cluster
+    from pipeline.plan.estimate import estimate
+    from pipeline.plan.run_dir import packed_folder, runs_root
+
+    limit = None if cluster in (None, LOCAL) else 60 * load_cluster(cluster).train.time_minutes
+    return estimate(job, packed=packed_folder(runs_root(), job), time_limit_seconds=limit)
+
+
+def _print_estimate(job: "JobPlan", cluster: str | None) -> None:
+    from pipeline.plan.advice import advise
+    from pipeline.plan.table import print_estimate
+
+    print_estimate(_estimate(job, cluster), advise(job))
+
+
+def _told(estimate: "Estimate") -> dict[str, object]:
+    """A plan that a job can run, with what it is expected to take beside it."""
+    from pipeline.plan.advice import advise
+
+    return {**estimate.plan.to_json(), **estimate.to_json(advise(estimate.plan))}
 
 
 def _train_here(job: "JobPlan") -> None:

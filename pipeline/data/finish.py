@@ -128,6 +128,7 @@ def _manifest(
         parts=parts,
         index_sha256=file_digest(job.output / packed_dataset.INDEX_NAME),
         complete=True,
+        sum_len_squared=sum(map(int, index.cost)),  # int64 would not hold the sum of many long samples
     )
 
 

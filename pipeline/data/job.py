@@ -75,7 +75,7 @@ class PackJob:
             sources=tuple(fingerprint(source) for source in data.sources),
             tokenizer=_identity(data, tokenizer=tokenizer, chat=chat),
             separator=data.separator,
-            seq_len=data.seq_len,
+            seq_len=data.sample_tokens,
             packing=data.packing.model_dump(mode="json"),
             seed=data.seed,
             planner_version=PLANNER_VERSION,

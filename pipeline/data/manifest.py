@@ -83,6 +83,8 @@ class Manifest:
     parts: tuple[PartFile, ...]
     index_sha256: str
     complete: bool
+    sum_len_squared: int | None = None
+    """Over the documents of all samples: what attention costs; None in a data set packed before it was counted."""
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:

@@ -175,7 +175,7 @@ def _plan(job: PackJob, _: Task) -> None:
         )
         plan = plan_packing(
             reader.lengths,
-            seq_len=data.seq_len,
+            seq_len=data.sample_tokens,
             seed=data.seed,
             copies=copies,
             selection=Selection(

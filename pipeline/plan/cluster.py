@@ -128,6 +128,10 @@ class ClusterHardware(Section):
     gpu: Annotated[Gpu, Field(strict=False)]
     gpus_per_node: Count
     """Ranks per node; on `cpu`, processes."""
+    host_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    fabric_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
+    disk_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
+    """As in a recipe; null is the GPU's profile in `plan/hardware.py`."""
 
 
 class ContainerProfile(Section):
@@ -179,7 +183,8 @@ class ClusterProfile(Section):
 
     def overrides(self, *, nodes: int | None) -> list[str]:
         """What the cluster says in place of the recipe, as overrides of it."""
-        said = [f"hardware.gpu={self.hardware.gpu.value}", f"hardware.gpus_per_node={self.hardware.gpus_per_node}"]
+        hardware = self.hardware.model_dump(mode="json").items()
+        said = [f"hardware.{name}={'null' if value is None else value}" for name, value in hardware]
         said += [f"hardware.nodes={nodes}"] if nodes is not None else []
         return said + ([f"tracking.uri='{self.tracking_uri}'"] if self.tracking_uri else [])
 

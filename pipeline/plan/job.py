@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, UserError
-from pipeline.plan.flops import model_flops
+from pipeline.plan.fit import longest
+from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe
@@ -89,10 +90,16 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
     `shape` is the model's when it is known already: a compute node may not hold the model's config.json.
     """
     shape = shape or model_shape(recipe.model)
+    sp = _resolve_sp(recipe, shape, recipe.hardware.nodes * recipe.hardware.gpus_per_node)
+    if recipe.data.seq_len == "auto":
+        return longest(lambda seq_len: _plan_of(recipe, shape, sp, seq_len), sp=sp)
+    return _plan_of(recipe, shape, sp, recipe.data.seq_len)
+
+
+def _plan_of(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPlan:
+    """The plan for samples of this length."""
     hardware = recipe.hardware
     world_size = hardware.nodes * hardware.gpus_per_node
-    sp = _resolve_sp(recipe, shape, world_size)
-    seq_len = recipe.data.seq_len
     if seq_len % sp:
         lower, upper = seq_len // sp * sp, ceil(seq_len / sp) * sp
         raise RecipeError(
@@ -101,12 +108,12 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
     local_seq_len = seq_len // sp
     loss_tile_tokens = _loss_tile_tokens(recipe, shape, local_seq_len)
     mlp_tile_tokens = _mlp_tile_tokens(recipe, local_seq_len)
-    _check_self_check(recipe, sp)
+    _check_self_check(recipe, sp, seq_len)
     dp = world_size // sp
     samples_per_step = dp * recipe.train.micro_batch * recipe.train.grad_accumulation
     tokens_per_step = samples_per_step * seq_len
     return JobPlan(
-        recipe=_resolved(recipe, sp, loss_tile_tokens, mlp_tile_tokens),
+        recipe=_resolved(recipe, sp, seq_len, loss_tile_tokens, mlp_tile_tokens),
         model=shape,
         nodes=hardware.nodes,
         world_size=world_size,
@@ -120,7 +127,12 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
         num_loss_tiles=ceil(local_seq_len / loss_tile_tokens),
         mlp_tile_tokens=mlp_tile_tokens,
         num_mlp_tiles=ceil(local_seq_len / mlp_tile_tokens),
-        model_flops_per_step=model_flops(shape, tokens=tokens_per_step, sum_len_squared=samples_per_step * seq_len**2),
+        model_flops_per_step=model_flops(
+            shape,
+            tokens=tokens_per_step,
+            sum_len_squared=samples_per_step * seq_len**2,
+            sum_windowed=samples_per_step * seen_keys([seq_len], shape.window),
+        ),
     )
 
 
@@ -219,18 +231,19 @@ def _mlp_tile_tokens(recipe: Recipe, local_seq_len: int) -> int:
     return min(MLP_TILE_TOKENS if feature.tile_tokens == "auto" else feature.tile_tokens, local_seq_len)
 
 
-def _check_self_check(recipe: Recipe, sp: int) -> None:
+def _check_self_check(recipe: Recipe, sp: int, seq_len: int) -> None:
     check_recipe = recipe.train.self_check
-    if check_recipe is not None and min(check_recipe.tokens, recipe.data.seq_len) % sp:
+    if check_recipe is not None and min(check_recipe.tokens, seq_len) % sp:
         raise RecipeError(
             f"train.self_check.tokens = {check_recipe.tokens}: must be a multiple of sp = {sp}; "
             f"use {ceil(check_recipe.tokens / sp) * sp}"
         )
 
 
-def _resolved(recipe: Recipe, sp: int, loss_tile_tokens: int, mlp_tile_tokens: int) -> Recipe:
+def _resolved(recipe: Recipe, sp: int, seq_len: int, loss_tile_tokens: int, mlp_tile_tokens: int) -> Recipe:
     """The recipe with every `auto` written as a number."""
     raw = recipe.model_dump(mode="json")
+    raw["data"]["seq_len"] = seq_len
     raw["parallel"]["sp"] = sp
     if raw["memory"]["tiled_loss"]:
         raw["memory"]["tiled_loss"]["tile_tokens"] = loss_tile_tokens

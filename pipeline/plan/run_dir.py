@@ -22,6 +22,11 @@ def runs_root() -> Path:
     return Path(os.environ.get("ALST_RUNS") or "runs").resolve()
 
 
+def packed_folder(root: Path, plan: JobPlan) -> Path:
+    """Where the packed data set of a plan lies, among the runs of `root`."""
+    return root / "packed" / plan.packing_key
+
+
 @dataclass(frozen=True)
 class RunDir:
     """The paths of one run."""
@@ -59,7 +64,7 @@ class RunDir:
 
     def packed(self, plan: JobPlan) -> Path:
         """The packed data set of a plan; runs that ask for the same bytes share it."""
-        return self.root / "packed" / plan.packing_key
+        return packed_folder(self.root, plan)
 
     @property
     def slurm(self) -> Path:

@@ -203,8 +203,8 @@ class DataRecipe(Section):
     tokenizer_revision: str | None
     separator: str | None
     """Token that ends every text; its document's last token then predicts it. null is none."""
-    seq_len: Annotated[int, Field(ge=2)]
-    """Tokens per sample, over all SP ranks."""
+    seq_len: Annotated[int, Field(ge=2)] | Auto
+    """Tokens per sample, over all SP ranks; `auto` is the longest that `alst fit` finds."""
     packing: PackingRecipe
     seed: NonNegative
     cross_document_attention: bool
@@ -214,6 +214,13 @@ class DataRecipe(Section):
     """Micro-batches read ahead in a thread."""
     verify_checksums: bool
     """Of every slice that training reads."""
+
+    @property
+    def sample_tokens(self) -> int:
+        """seq_len as a number. Raises ValueError while it is `auto`, which the plan resolves."""
+        if self.seq_len == "auto":
+            raise ValueError("data.seq_len is auto: take the recipe of a plan")
+        return self.seq_len
 
     @model_validator(mode="after")
     def _texts_need_a_tokenizer(self) -> "DataRecipe":
@@ -368,7 +375,9 @@ class Gpu(StrEnum):
 
     CPU = "cpu"
     A100_80GB = "A100-80GB"
+    A100_40GB = "A100-40GB"
     H100_80GB = "H100-80GB"
+    GH200_96GB = "GH200-96GB"
     H200_141GB = "H200-141GB"
     B200_192GB = "B200-192GB"
 
@@ -378,6 +387,12 @@ class HardwareRecipe(Section):
     gpus_per_node: Count
     """Ranks per node; on `cpu`, processes."""
     nodes: Count
+    host_memory_gib: Annotated[float, Field(gt=0)] | None
+    """Of a node; null is the GPU's profile in `plan/hardware.py`, as for the rates below."""
+    fabric_gigabytes_per_second: Annotated[float, Field(gt=0)] | None
+    """Between nodes: of the network adapter beside each GPU, one way."""
+    disk_gigabytes_per_second: Annotated[float, Field(gt=0)] | None
+    """That a node writes to shared storage."""
 
 
 class Recipe(Section):

@@ -76,6 +76,9 @@ def test_the_cluster_says_what_its_nodes_have(profile):
     assert said == [
         "hardware.gpu=cpu",
         "hardware.gpus_per_node=2",
+        "hardware.host_memory_gib=null",
+        "hardware.fabric_gigabytes_per_second=null",
+        "hardware.disk_gigabytes_per_second=null",
         "hardware.nodes=3",
         "tracking.uri='http://tracking:5000'",
     ]

@@ -277,7 +277,7 @@ STORED = {
 
 def test_a_model_folder_gives_the_shape_and_the_recipe_overrides_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(STORED))
-    shape = ModelShape("qwen3", 64, 3, 4, 1, 32, 100, 50, 4096)
+    shape = ModelShape("qwen3", 64, 3, 4, 1, 32, 100, 50, 4096, query_key_norm=True)
     assert folder_shape(tmp_path) == shape
     assert folder_shape(tmp_path, num_hidden_layers=7) == replace(shape, num_layers=7)
 

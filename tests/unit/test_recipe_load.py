@@ -173,7 +173,7 @@ def test_a_file_with_a_byte_order_mark_is_read(write):
     [
         pytest.param("train.step=5", "train.step", "is not a key", "did you mean 'steps'?", id="misspelt key"),
         pytest.param("memry={}", "memry", "is not a key", "did you mean 'memory'?", id="misspelt section"),
-        pytest.param("hardware.zzz=5", "hardware.zzz", "is not a key", "use one of gpu", id="unknown key"),
+        pytest.param("hardware.zzz=5", "hardware.zzz", "is not a key", "use one of disk", id="unknown key"),
         pytest.param("data.sources.0.pathh=x", "data.sources.0.pathh", "not a key", "'path'?", id="key in a list"),
         pytest.param(
             "memory.tiled_mlp.tile_token=5",

@@ -1,0 +1,155 @@
+"""What to change: the cheapest changes that make a plan fit, and the cheapest features for a wanted length."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from pipeline.errors import RecipeError
+from pipeline.plan.estimate import Advice, Estimate, estimate
+from pipeline.plan.job import JobPlan, plan_job
+from pipeline.plan.limits import load_of
+from pipeline.plan.model_shape import ModelShape, model_shape
+from pipeline.recipe.load import apply_override, check
+from pipeline.recipe.schema import Recipe
+
+LEVELS: tuple[tuple[str, ...], ...] = (
+    # One tuple per feature, from off to on.
+    ("memory.tiled_loss=null", "memory.tiled_loss={tile_tokens: auto, kernel: own}"),
+    ("memory.tiled_mlp=null", "memory.tiled_mlp={tile_tokens: auto}"),
+    (
+        "memory.activation_checkpoint=null",
+        "memory.activation_checkpoint={offload: null}",
+        "memory.activation_checkpoint={offload: cpu}",
+    ),
+    ("zero.offload_optimizer=null", "zero.offload_optimizer=cpu"),
+    ("zero.offload_parameters=null", "zero.offload_parameters=cpu"),
+)
+"""What `alst fit --features auto` chooses among, and advice as well."""
+
+ALWAYS = ("memory.allocator.expandable_segments=true", "zero.stage=3", "parallel.sp=auto")
+"""What costs next to nothing."""
+
+MOST_NODES = 1024
+
+
+def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """The recipe with overrides. Raises RecipeError where they do not go together."""
+    raw = recipe.model_dump(mode="json")
+    for change in changes:
+        apply_override(raw, change)
+    return check(raw)
+
+
+def advise(plan: JobPlan) -> tuple[Advice, ...]:
+    """Changes, each made after those before it, that make the plan fit; the cheapest first. None if it fits."""
+    found: list[Advice] = []
+    now = estimate(plan)
+    while not now.load.fits:
+        best = min(_helpful(now), key=lambda option: _cost(option[1], now), default=None)
+        if best is None:
+            return (*found, *_last_resorts(now))
+        changes, after = best
+        found.append(_advice(changes, now, after))
+        now = after
+    return tuple(found)
+
+
+def _helpful(now: Estimate) -> Iterator[tuple[tuple[str, ...], Estimate]]:
+    """Single changes that lessen what is missing of one memory and of none make it more."""
+    recipe = now.plan.recipe
+    tiles = [f"memory.{name}.tile_tokens=auto" for name in ("tiled_loss", "tiled_mlp") if getattr(recipe.memory, name)]
+    for change in (*ALWAYS, *(change for level in LEVELS for change in level), *tiles):
+        plan = _planned(recipe, (change,), now.plan.model)
+        if plan is None or plan == now.plan:
+            continue
+        after = estimate(plan)
+        less = [then < before for then, before in zip(_missing(after), _missing(now), strict=True)]
+        more = [then > before for then, before in zip(_missing(after), _missing(now), strict=True)]
+        if any(less) and not any(more):
+            yield (change,), after
+
+
+def _last_resorts(now: Estimate) -> Iterator[Advice]:
+    """A shorter sequence, and more nodes in its place."""
+    recipe, shape = now.plan.recipe, now.plan.model
+    shorter = _planned(recipe, ("data.seq_len=auto",), shape)
+    if shorter is not None:
+        yield _advice((f"data.seq_len={shorter.seq_len}",), now, estimate(shorter))
+    nodes = 2 * now.plan.nodes
+    while nodes <= MOST_NODES:
+        changes = (f"hardware.nodes={nodes}", "parallel.sp=auto")
+        more = _planned(recipe, changes, shape)
+        if more is not None and load_of(more).fits:
+            yield _advice(changes, now, estimate(more), instead=shorter is not None)
+            return
+        nodes *= 2
+
+
+def _planned(recipe: Recipe, changes: Sequence[str], shape: ModelShape) -> JobPlan | None:
+    """The plan with changes; None where they do not go together."""
+    try:
+        return plan_job(changed(recipe, changes), shape=shape)
+    except RecipeError:
+        return None
+
+
+def _missing(now: Estimate) -> tuple[int, int]:
+    """Bytes, of GPU and host."""
+    return max(0, -now.load.gpu_free_bytes), max(0, -now.load.host_free_bytes)
+
+
+def _seconds_per_token(now: Estimate) -> float | None:
+    """Of a GPU."""
+    return None if now.seconds is None else now.seconds.total * now.plan.world_size / now.plan.tokens_per_step
+
+
+def _cost(after: Estimate, now: Estimate) -> tuple[float, int]:
+    """What is cheapest comes first: the seconds, then what still is missing."""
+    return (_ratio(after, now) or 1.0, sum(_missing(after)))
+
+
+def _ratio(after: Estimate, now: Estimate) -> float | None:
+    before, then = _seconds_per_token(now), _seconds_per_token(after)
+    return None if before is None or then is None else then / before
+
+
+def _advice(changes: tuple[str, ...], now: Estimate, after: Estimate, *, instead: bool = False) -> Advice:
+    return Advice(
+        changes=changes,
+        frees_gpu_bytes=now.load.gpu.total - after.load.gpu.total,
+        frees_host_bytes_per_node=now.load.host.total - after.load.host.total,
+        seconds_per_token_ratio=_ratio(after, now),
+        fits=after.load.fits,
+        instead=instead,
+    )
+
+
+def feature_sets(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with every set of features, the fewest first."""
+    ranked = sorted(product(*(range(len(level)) for level in LEVELS)), key=lambda chosen: (sum(chosen), chosen))
+    for chosen in ranked:
+        picked = [level[number] for level, number in zip(LEVELS, chosen, strict=True)]
+        yield changed(recipe, [*ALWAYS, *picked])
+
+
+def cheapest(recipe: Recipe, shape: ModelShape) -> JobPlan:
+    """The plan for the recipe's length with the features that make its step the shortest, of those that fit.
+
+    For `seq_len: auto` the length is the longest that any set of features reaches. Where no seconds are known, on a
+    CPU, the fewest features that fit. Raises RecipeError if none does.
+    """
+    plans = [plan for candidate in feature_sets(recipe) if (plan := _planned(candidate, (), shape)) is not None]
+    fitting = [plan for plan in plans if load_of(plan).fits]
+    if not fitting:
+        raise RecipeError(
+            f"data.seq_len = {recipe.data.seq_len}: fits with no set of features on {recipe.hardware.nodes} nodes of "
+            f"{recipe.hardware.gpus_per_node} {recipe.hardware.gpu.value}; take a shorter one, or more nodes"
+        )
+    most = max(plan.seq_len for plan in fitting)
+    estimates = [estimate(plan) for plan in fitting if plan.seq_len == most]
+    return min(estimates, key=lambda found: _seconds_per_token(found) or 0.0).plan
+
+
+def choose(recipe: Recipe, *, features: str) -> JobPlan:
+    """The plan with the recipe's own features, or with `auto` the cheapest."""
+    shape = model_shape(recipe.model)
+    return cheapest(recipe, shape) if features == "auto" else plan_job(recipe, shape=shape)

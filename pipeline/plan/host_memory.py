@@ -1,0 +1,159 @@
+"""Bytes of a node's host memory and disk, item by item: one function per item, under the feature's name."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+from pipeline.plan.hardware import GIB, MIB
+from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, states
+from pipeline.plan.terms import Factor, Item, Term, term
+
+if TYPE_CHECKING:
+    from pipeline.plan.job import JobPlan
+
+PROCESS_BYTES = 4 * GIB
+"""Of a rank's process beside what is counted: CUDA, torch, transformers, DeepSpeed."""
+CPU_PROCESS_BYTES = 515 * MIB
+"""The same without CUDA, as measured."""
+SYSTEM_SHARE = 0.03
+"""Of host memory: the system's own, and the page cache that the loader reads through."""
+TOKEN_BYTES = 4
+"""Of a packed data set."""
+
+
+def optimizer(at: Sizes) -> Item:
+    """Master weights, moments, and both buffers that DeepSpeed keeps of gradients: 20 bytes a parameter in float32."""
+    if not at.optimizer_offloaded:
+        return Item("optimizer", ())
+    here = (at.ranks_of_node,)
+    kept = states(at, *here, over=(at.ranks,))
+    grads = term("gradients, summed and for the update", 2, ("bytes", at.state), at.parameters, *here, over=(at.ranks,))
+    return Item("optimizer", (*kept, grads))
+
+
+def offloaded_parameters(at: Sizes) -> Item:
+    """The partitions of a node's ranks."""
+    if not at.parameters_offloaded:
+        return Item("offloaded_parameters", ())
+    weights = term("weights", ("bytes", at.d), at.parameters, at.ranks_of_node, over=(at.ranks,))
+    return Item("offloaded_parameters", (weights,))
+
+
+def activation_checkpoint(at: Sizes) -> Item:
+    """The arena of layer inputs of a node's ranks."""
+    feature = at.recipe.memory.activation_checkpoint
+    if feature is None or feature.offload != "cpu":
+        return Item("activation_checkpoint", ())
+    inputs = term("inputs of all layers", ("bytes", at.d), at.n, at.h, at.layers, at.ranks_of_node)
+    return Item("activation_checkpoint", (inputs,))
+
+
+def pinned_overhead(at: Sizes) -> Item:
+    """torch rounds every page-locked block up to a power of two; what that adds."""
+    if not at.on_gpu:
+        return Item("pinned_overhead", ())
+    terms = [_rounding(what, count, size, at.ranks_of_node) for what, count, size in _pinned_blocks(at)]
+    return Item("pinned_overhead", tuple(found for found in terms if found.value))
+
+
+def _pinned_blocks(at: Sizes) -> list[tuple[str, float, float]]:
+    """(what, blocks of a rank, bytes of each)."""
+    part = at.shape.total_parameters / at.plan.world_size
+    blocks = []
+    if at.optimizer_offloaded:
+        groups = ceil(part / SUB_GROUP)
+        blocks.append(("block of summed gradients", 1.0, at.state * part))
+        blocks.append(("blocks of gradients for the update", float(groups), at.state * part / groups))
+    if at.parameters_offloaded:
+        blocks.append(("block of weights", 1.0, at.d * part))
+    feature = at.recipe.memory.activation_checkpoint
+    if feature is not None and feature.offload == "cpu":
+        size = at.d * at.plan.local_seq_len * at.shape.hidden_size
+        blocks.append(("blocks of layer inputs", float(at.shape.num_layers), size))
+    return blocks
+
+
+def _rounding(what: str, count: float, size: float, ranks: Factor) -> Term:
+    rounded = 1 << (ceil(size) - 1).bit_length()
+    return term(f"{what}, rounded up to {rounded:,} bytes", ("blocks", count), ranks, ("added bytes", rounded - size))
+
+
+def loader(at: Sizes) -> Item:
+    """Shards of a sample that a node's ranks hold, and those read ahead: ids, labels and positions."""
+    held = ("shards held", 1 + at.recipe.data.prefetch)
+    return Item("loader", (term("ids, labels, positions", 3, ("bytes", 8), at.n, held, at.ranks_of_node),))
+
+
+def processes(at: Sizes) -> Item:
+    """What a rank's process takes; on a CPU with all that would lie on a GPU."""
+    if at.on_gpu:
+        return Item("processes", (term("a process", ("bytes", PROCESS_BYTES), at.ranks_of_node),))
+    tensors = ("bytes of tensors", gpu_bytes(at.plan).total)
+    process = term("a process", ("bytes", CPU_PROCESS_BYTES), at.ranks_of_node)
+    return Item("processes", (process, term("what would lie on a GPU", tensors, at.ranks_of_node)))
+
+
+def system(at: Sizes) -> Item:
+    """What is left to the system."""
+    share = ("share", SYSTEM_SHARE)
+    return Item("system", (term("of host memory", share, ("host memory", at.hardware.host_memory_bytes)),))
+
+
+HOST_ITEMS = (optimizer, offloaded_parameters, activation_checkpoint, pinned_overhead, loader, processes, system)
+
+
+def checkpoints(at: Sizes) -> Item:
+    """Saved states: weights, master weights and moments; the newest ones, and the one that is being written."""
+    saved = at.recipe.checkpoint
+    if saved is None:
+        return Item("checkpoints", ())
+    size = checkpoint_bytes(at)
+    share = term("a node's part of each", *size.factors, ("checkpoints", saved.keep_last + 1), over=_nodes(at))
+    return Item("checkpoints", (share,))
+
+
+def checkpoint_bytes(at: Sizes) -> Term:
+    """Of one whole checkpoint."""
+    moments = 0 if at.recipe.optimizer.name == "sgd" else 2
+    return term("weights, master weights, moments", ("bytes", at.d + at.state * (1 + moments)), at.parameters)
+
+
+def packed_data(at: Sizes) -> Item:
+    """The tokens of all steps, if none is seen twice."""
+    tokens = ("tokens", at.plan.tokens_per_step)
+    steps = ("steps", at.recipe.train.steps)
+    packed = term("a node's part", ("bytes", TOKEN_BYTES), tokens, steps, over=_nodes(at))
+    return Item("packed_data", (packed,))
+
+
+def _nodes(at: Sizes) -> tuple[Factor, ...]:
+    return (("nodes", at.plan.nodes),)
+
+
+DISK_ITEMS = (checkpoints, packed_data)
+
+
+@dataclass(frozen=True)
+class NodeBytes:
+    """What a node holds."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        return {item.name: round(item.total) for item in self.items}
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_name.values())
+
+
+def host_bytes(plan: "JobPlan") -> NodeBytes:
+    at = Sizes(plan)
+    return NodeBytes(tuple(item(at) for item in HOST_ITEMS))
+
+
+def disk_bytes(plan: "JobPlan") -> NodeBytes:
+    """Of shared storage, per node."""
+    at = Sizes(plan)
+    return NodeBytes(tuple(item(at) for item in DISK_ITEMS))

@@ -1,0 +1,447 @@
+"""Bytes of a rank's GPU, item by item: one function per item, under the feature's name.
+
+Counted tensor by tensor from what the job runs (stock norms, gated MLPs, this project's tiles and kernels) and held to
+measured peaks in tests/unit/test_plan_activations.py. A GPU's peak comes at one of the moments of a step below; an
+item's terms say at which of them they are there. Letters: n tokens of a rank's shard, h hidden size, d bytes of the
+model's dtype.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pipeline.plan.hardware import GIB, Hardware, Kernel, hardware_of, kernel_of
+from pipeline.plan.model_shape import ModelShape
+from pipeline.plan.terms import Factor, Item, Term, term
+from pipeline.recipe.schema import Gpu, Recipe
+
+if TYPE_CHECKING:
+    from pipeline.plan.job import JobPlan
+
+LOSS, LOSS_BACKWARD, FINAL_NORM, MLP, NORM, ATTENTION = MOMENTS = (
+    "the loss",
+    "the backward of the loss",
+    "the backward of the last norm",
+    "the backward of a layer's MLP",
+    "the backward of a layer's second norm",
+    "the backward of a layer's attention",
+)
+"""Of a step, when a GPU may hold the most."""
+IN_LAYER = (MLP, NORM, ATTENTION)
+AFTER_LAYERS = (LOSS, LOSS_BACKWARD, FINAL_NORM)
+
+WIDE = 4.0
+"""Bytes of float32, in which norms, losses and sums are computed."""
+
+# DeepSpeed 0.19's own defaults, in elements (deepspeed/runtime/zero/config.py); the engine does not change them.
+LIVE_PARAMETERS = 10**9
+REDUCE_BUCKET = 5 * 10**8
+PREFETCH_BUCKET = 5 * 10**7
+SUB_GROUP = 10**9
+
+CONTEXT_BYTES = 1 * GIB
+"""CUDA's context with the kernels of torch and flash-attn: 0.5 to 1 GiB outside of torch's count."""
+NCCL_BYTES = 2 * GIB
+"""NCCL's channels of the groups a job makes; ALST's 8-GPU runs end 8 GiB below the driver's figure, 1-GPU ones 3."""
+FRAGMENTATION = {True: 0.03, False: 0.12}
+"""Of what torch allocates, lost between blocks, with and without expandable segments; ALST §3.4 gives no figure."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the formulas speak of, from a plan."""
+
+    plan: "JobPlan"
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.plan.model
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.recipe.hardware.gpu is not Gpu.CPU
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        return hardware_of(self.recipe.hardware)
+
+    @property
+    def kernel(self) -> Kernel:
+        return kernel_of(self.recipe.model, self.recipe.hardware.gpu)
+
+    @property
+    def d(self) -> float:
+        """Bytes of an element of the model's dtype."""
+        return 2.0 if self.recipe.model.dtype == "bfloat16" else 4.0
+
+    @property
+    def state(self) -> float:
+        """Bytes of an element of the optimizer's states."""
+        return 2.0 if self.recipe.optimizer.states_dtype == "bfloat16" else 4.0
+
+    @property
+    def n(self) -> Factor:
+        return ("tokens", self.plan.local_seq_len)
+
+    @property
+    def h(self) -> Factor:
+        return ("hidden", self.shape.hidden_size)
+
+    @property
+    def q(self) -> Factor:
+        return ("heads x head_dim", self.shape.query_size)
+
+    @property
+    def kv(self) -> Factor:
+        return ("KV heads x head_dim", self.shape.num_kv_heads * self.shape.head_dim)
+
+    @property
+    def kv_heads(self) -> int:
+        """With their replicas, over all SP ranks."""
+        return max(self.shape.num_kv_heads, self.plan.sp)
+
+    @property
+    def kv_held(self) -> Factor:
+        return ("KV heads held x head_dim", self.kv_heads * self.shape.head_dim)
+
+    @property
+    def vocab(self) -> Factor:
+        return ("vocabulary", self.shape.vocab_size)
+
+    @property
+    def layers(self) -> Factor:
+        return ("layers", self.shape.num_layers)
+
+    @property
+    def parameters(self) -> Factor:
+        return ("parameters", self.shape.total_parameters)
+
+    @property
+    def ranks(self) -> Factor:
+        return ("ranks", self.plan.world_size)
+
+    @property
+    def ranks_of_node(self) -> Factor:
+        return ("ranks of a node", self.recipe.hardware.gpus_per_node)
+
+    @property
+    def mlp_width(self) -> Factor:
+        """Intermediate elements of a token: of the experts it is sent to, where there are experts."""
+        shape = self.shape
+        dense = shape.intermediate_size if shape.num_expert_layers < shape.num_layers else 0
+        routed = shape.experts_per_token * shape.expert_size + shape.shared_expert_size
+        return ("MLP width", max(dense, routed if shape.num_expert_layers else 0))
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.recipe.memory.activation_checkpoint is not None
+
+    @property
+    def parameters_offloaded(self) -> bool:
+        return self.recipe.zero.offload_parameters is not None
+
+    @property
+    def optimizer_offloaded(self) -> bool:
+        return self.recipe.zero.offload_optimizer is not None
+
+    def partition(self, *, from_stage: int) -> tuple[Factor, ...]:
+        """What a count is divided by where ZeRO partitions it."""
+        return (self.ranks,) if self.recipe.zero.stage >= from_stage else ()
+
+
+# Held throughout a step
+
+
+def parameters(at: Sizes) -> Item:
+    """The rank's weights: its partition under ZeRO-3, all of them below; none where they wait in host memory."""
+    if at.parameters_offloaded:
+        return Item("parameters", ())
+    whole = term("weights", ("bytes", at.d), at.parameters, over=at.partition(from_stage=3))
+    return Item("parameters", (whole,))
+
+
+def gradients(at: Sizes) -> Item:
+    """Gradients that are kept until the update: those of the partition from ZeRO-2 on."""
+    if at.recipe.zero.stage < 2:
+        return Item("gradients", (term("gradients of all weights", ("bytes", at.d), at.parameters),))
+    if at.optimizer_offloaded:
+        return Item("gradients", ())
+    sums = term("sums over micro-batches", ("bytes", at.state), at.parameters, over=(at.ranks,))
+    return Item("gradients", (sums,))
+
+
+def optimizer(at: Sizes) -> Item:
+    """Master weights and moments, of the partition from ZeRO-1 on."""
+    if at.optimizer_offloaded:
+        return Item("optimizer", ())
+    return Item("optimizer", states(at, over=at.partition(from_stage=1)))
+
+
+def states(at: Sizes, *others: Factor, over: tuple[Factor, ...]) -> tuple[Term, ...]:
+    """Master weights and the moments of Adam; a plain SGD has none."""
+    one = (("bytes", at.state), at.parameters, *others)
+    master = term("master weights", *one, over=over)
+    return (master,) if at.recipe.optimizer.name == "sgd" else (master, term("two moments", 2, *one, over=over))
+
+
+def zero_buffers(at: Sizes) -> Item:
+    """What DeepSpeed holds to gather weights and to reduce gradients."""
+    stage, total = at.recipe.zero.stage, at.shape.total_parameters
+    if stage == 0:
+        return Item("zero_buffers", ())
+    element = ("bytes", at.d)
+    terms = [term("bucket of gradients", element, ("elements", min(REDUCE_BUCKET, total)))]
+    if stage == 3:
+        largest = max(at.shape.layer_parameters, at.shape.head_parameters)
+        gathered = min(max(LIVE_PARAMETERS, largest + PREFETCH_BUCKET), total)
+        terms.append(term("gathered weights", element, ("parameters", gathered)))
+    if not at.optimizer_offloaded:
+        part = min(SUB_GROUP, total / at.plan.world_size)
+        terms.append(term("gradients of a group that is updated", ("bytes", at.state), ("parameters", part)))
+    return Item("zero_buffers", tuple(terms))
+
+
+def batch(at: Sizes) -> Item:
+    """Token ids, labels, positions, and the rotary embedding of every position."""
+    rotary = term("cosines and sines", 2, ("bytes", at.d), at.n, ("head_dim", at.shape.head_dim))
+    return Item("batch", (term("ids, labels, positions", 3, ("bytes", 8), at.n), rotary))
+
+
+# Of the layers
+
+
+def activation_checkpoint(at: Sizes) -> Item:
+    """What waits for backward on the GPU, of the layers other than the one that is live.
+
+    Their inputs with the feature, none with offload; without it all that a layer saves.
+    """
+    feature = at.recipe.memory.activation_checkpoint
+    others = ("layers but one", at.shape.num_layers - 1)
+    if feature is None:
+        saved = (*_saved_by_norms(at), *_saved_by_attention(at), *_saved_by_mlp(at))
+        terms = tuple(
+            term(part.what, *part.factors, count, when=moments)
+            for part in saved
+            for count, moments in ((others, IN_LAYER), (at.layers, AFTER_LAYERS))
+        )
+        return Item("activation_checkpoint", terms)
+    if feature.offload is not None:
+        return Item("activation_checkpoint", ())
+    one = (("bytes", at.d), at.n, at.h)
+    return Item(
+        "activation_checkpoint",
+        (
+            term("inputs of the other layers", *one, others, when=IN_LAYER),
+            term("inputs of all layers", *one, at.layers, when=AFTER_LAYERS),
+        ),
+    )
+
+
+def _saved_by_norms(at: Sizes) -> tuple[Term, ...]:
+    """Of a layer, both norms: what they compute in, the normalized hidden states, and the output."""
+    return (
+        term("float32 copies of two norms", 2, ("bytes", WIDE), at.n, at.h),
+        term("normalized and scaled, two norms", 4, ("bytes", at.d), at.n, at.h),
+    )
+
+
+def _saved_by_attention(at: Sizes) -> tuple[Term, ...]:
+    """Of a layer: q, k, v, output and log-sum-exp of the kernel, and what surrounds it."""
+    element = ("bytes", at.d)
+    terms = [
+        term("queries and output", 2, element, at.n, at.q),
+        term("keys and values", 2, element, at.n, at.kv_held),
+        term("log-sum-exp", ("bytes", WIDE), at.n, ("heads", at.shape.num_query_heads)),
+    ]
+    if at.plan.sp > 1:
+        terms.append(term("output after the exchange", element, at.n, at.q))
+    if at.shape.query_key_norm:
+        both = ("(heads + KV heads) x head_dim", at.q[1] + at.kv[1])
+        terms.append(term("norms of queries and keys", ("bytes", WIDE + at.d), at.n, both))
+    return tuple(terms)
+
+
+def _saved_by_mlp(at: Sizes) -> tuple[Term, ...]:
+    """Of a layer: gate, activated gate, up and their product; nothing with tiles."""
+    if at.recipe.memory.tiled_mlp is not None:
+        return ()
+    return (term("gate, activated gate, up, product", _mlp_parts(at), ("bytes", at.d), at.n, at.mlp_width),)
+
+
+def _mlp_parts(at: Sizes) -> int:
+    """Intermediates that a gated MLP saves; without a gate they are the input of the activation and its output."""
+    return 4 if at.shape.mlp_matrices == 3 else 2
+
+
+def live_layer(at: Sizes) -> Item:
+    """The hidden states of the layer that is run again and goes backward, and the temporaries of its norms.
+
+    A stock RMSNorm computes in float32; its backward makes five such copies of the hidden states.
+    """
+    element = ("bytes", at.d)
+    copies = 2 if at.d < WIDE or not at.checkpointed else 1  # in float32 the first norm's is the layer's input
+    terms = [
+        term("gradient of the layer's output", element, at.n, at.h, when=IN_LAYER),
+        term("float32 copies of its norms", copies, ("bytes", WIDE), at.n, at.h, when=(MLP, NORM)),
+        term("normalized and scaled, first norm", 2, element, at.n, at.h, when=IN_LAYER),
+        term("normalized and scaled, second norm", 2, element, at.n, at.h, when=(MLP,)),
+        term("float32 temporaries of a norm's backward", 5, ("bytes", WIDE), at.n, at.h, when=(NORM, FINAL_NORM)),
+        term("gradient of the residual", element, at.n, at.h, when=(ATTENTION,)),
+        term("float32 copy of the last norm", ("bytes", WIDE), at.n, at.h, when=AFTER_LAYERS),
+    ]
+    if copies == 2:
+        terms.append(term("float32 copy of its first norm", ("bytes", WIDE), at.n, at.h, when=(ATTENTION,)))
+    if at.checkpointed:
+        terms.append(term("input and output", 2, element, at.n, at.h, when=IN_LAYER))
+    return Item("live_layer", tuple(terms))
+
+
+def attention(at: Sizes) -> Item:
+    """What the live layer's attention saves, and the gradients and workspace of the kernel's backward."""
+    saved = [
+        term(part.what, *part.factors, when=(MLP, NORM) if "exchange" in part.what else IN_LAYER)
+        for part in _saved_by_attention(at)
+    ]
+    return Item("attention", (*saved, *_kernel_backward(at)))
+
+
+def _kernel_backward(at: Sizes) -> tuple[Term, ...]:
+    """Gradients and workspace. flash-attn sums dq in float32; with grouped KV heads version 2 makes dk and dv for every
+    query head first, versions 3 and 4 sum them in float32. Ours for the CPU works in float32 throughout."""
+    element, wide, then = ("bytes", at.d), ("bytes", WIDE), (ATTENTION,)
+    terms = [term("gradients of output and queries", 2, element, at.n, at.q, when=then)]
+    if at.kernel == "cpu":
+        terms.append(term("float32 q, dout, dq", 3, wide, at.n, at.q, when=then))
+        if at.d < WIDE:
+            terms.append(term("float32 dq, once more", wide, at.n, at.q, when=then))
+            terms.append(term("float32 k, v, dk, dv", 4, wide, at.n, at.kv_held, when=then))
+        else:
+            terms.append(term("dk, dv", 2, wide, at.n, at.kv_held, when=then))
+        return tuple(terms)
+    terms.append(term("gradients of keys and values", 2, element, at.n, at.kv_held, when=then))
+    terms.append(term("float32 sums of dq", wide, at.n, at.q, when=then))
+    grouped = at.kv_heads < at.shape.num_query_heads
+    if grouped and at.kernel == "flash_attention_2":
+        terms.append(term("dk, dv of every query head", 2, element, at.n, at.q, when=then))
+    elif grouped:
+        terms.append(term("float32 sums of dk, dv", 2, wide, at.n, at.kv_held, when=then))
+    return tuple(terms)
+
+
+def tiled_mlp(at: Sizes) -> Item:
+    """The MLP's intermediates in its backward: six of its width, of one tile or of the whole shard.
+
+    With tiles also the float32 sums of its weights' gradients, a tile's own, and the gradient of the hidden states.
+    """
+    tokens = ("tokens of a tile", at.plan.mlp_tile_tokens)
+    width = at.mlp_width
+    inside = term("intermediates", _mlp_parts(at) + 2, ("bytes", at.d), tokens, width, when=(MLP,))
+    if at.recipe.memory.tiled_mlp is None:
+        return Item("tiled_mlp", (inside,))
+    weights = ("parameters of an MLP", at.shape.mlp_parameters)
+    return Item(
+        "tiled_mlp",
+        (
+            inside,
+            term("sums of weight gradients, and a tile's", ("bytes", WIDE + at.d), weights, when=(MLP,)),
+            term("gradient of the hidden states", ("bytes", at.d), at.n, at.h, when=(MLP,)),
+        ),
+    )
+
+
+def tiled_loss(at: Sizes) -> Item:
+    """Logits and their gradient, of one tile or of the whole shard, and the gradients of hidden states and head."""
+    element, wide, head = ("bytes", at.d), ("bytes", WIDE), ("head's parameters", at.shape.head_parameters)
+    narrow = at.d if at.d < WIDE else 0.0
+    logits = term(
+        "logits", ("bytes", WIDE + narrow), ("tokens of a tile", at.plan.loss_tile_tokens), at.vocab, when=(LOSS,)
+    )
+    return Item(
+        "tiled_loss",
+        (
+            logits,
+            term("hidden states and their gradient", 3, element, at.n, at.h, when=(LOSS,)),
+            term("gradient of the head, summed, and a tile's", ("bytes", WIDE + at.d), head, when=(LOSS,)),
+            term("hidden states and their gradient", 3, element, at.n, at.h, when=(LOSS_BACKWARD,)),
+            term("gradient of the head, scaled", ("bytes", WIDE), head, when=(LOSS_BACKWARD,)),
+            term("gradient of the head, summed, and as it leaves", wide[1] + at.d, head, when=(LOSS_BACKWARD,)),
+        ),
+    )
+
+
+# Beside the tensors
+
+
+def communication(at: Sizes) -> Item:
+    """NCCL's own buffers."""
+    if not at.on_gpu or at.plan.world_size == 1:
+        return Item("communication", ())
+    return Item("communication", (term("NCCL's channels", ("bytes", NCCL_BYTES)),))
+
+
+def context(at: Sizes) -> Item:
+    """What CUDA takes before the first tensor."""
+    return Item("context", (term("CUDA's context", ("bytes", CONTEXT_BYTES)),) if at.on_gpu else ())
+
+
+def allocator(at: Sizes, allocated: float) -> Item:
+    """The reserve for fragmentation: a share of what torch allocates."""
+    if not at.on_gpu:
+        return Item("allocator", ())
+    share = FRAGMENTATION[at.recipe.memory.allocator.expandable_segments]
+    return Item("allocator", (term("lost between blocks", ("share", share), ("allocated", allocated)),))
+
+
+ACTIVATIONS = (batch, activation_checkpoint, live_layer, attention, tiled_mlp, tiled_loss)
+STATES = (parameters, gradients, optimizer, zero_buffers)
+OUTSIDE = (communication, context)
+"""In the order of the table. A memory feature that is new gets a function above and a name here."""
+
+
+@dataclass(frozen=True)
+class GpuBytes:
+    """What a rank holds at its peak."""
+
+    items: tuple[Item, ...]
+    moment: str
+    """When the peak comes."""
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """Bytes at the peak; they add up to the total."""
+        return {item.name: round(item.at(self.moment)) for item in self.items}
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_name.values())
+
+
+def gpu_bytes(plan: "JobPlan") -> GpuBytes:
+    """The items of a rank's GPU and the moment at which their sum is largest."""
+    at = Sizes(plan)
+    tensors = [item(at) for item in (*STATES, *ACTIVATIONS)]
+    allocated = {moment: sum(item.at(moment) for item in tensors) for moment in MOMENTS}
+    peak = max(MOMENTS, key=lambda moment: allocated[moment])
+    beside = [*(item(at) for item in OUTSIDE), allocator(at, allocated[peak])]
+    return GpuBytes((*tensors, *beside), peak)
+
+
+def activation_bytes(plan: "JobPlan") -> int:
+    """What forward and backward hold beside weights, gradients and states, at most."""
+    return round(max(_activations(plan).values()))
+
+
+def activation_moment(plan: "JobPlan") -> str:
+    """When they hold it."""
+    activations = _activations(plan)
+    return max(activations, key=lambda moment: activations[moment])
+
+
+def _activations(plan: "JobPlan") -> dict[str, float]:
+    at = Sizes(plan)
+    items = [item(at) for item in ACTIVATIONS]
+    return {moment: sum(item.at(moment) for item in items) for moment in MOMENTS}

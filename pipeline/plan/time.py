@@ -1,0 +1,206 @@
+"""Seconds of a step, item by item, and what the hardware really computes in it.
+
+Counted like the bytes: what runs, times what it costs, over the part of the vendor's rate that it gets. Items add up:
+what runs beside something else is counted with the part that is not hidden, under its own name.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.plan.documents import DocumentMix
+from pipeline.plan.flops import attention_flops
+from pipeline.plan.hardware import GB, Efficiency, efficiency_of
+from pipeline.plan.host_memory import checkpoint_bytes
+from pipeline.plan.memory import Sizes
+from pipeline.plan.terms import Factor, Item, Term, term
+
+if TYPE_CHECKING:
+    from pipeline.plan.job import JobPlan
+
+ELEMENTWISE_FORWARD = 150.0
+ELEMENTWISE_BACKWARD = 300.0
+"""Bytes moved per hidden element of a token and layer by norms, rotary embedding, activation and residuals, in
+bfloat16: counted over the operations of a stock Llama layer."""
+
+HOST_UPDATE_RATE = 28 * GB
+"""Bytes per second of a node's CPU Adam with all that surrounds it (norm of gradients, copies): fitted to the 32K
+baseline of ALST on 8 GPUs, 17 s a step; host memory alone would allow ten times as much."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A plan, the documents it is planned for, and the part of the hardware's rates that it gets."""
+
+    at: Sizes
+    documents: DocumentMix
+    efficiency: Efficiency
+
+    @property
+    def plan(self) -> "JobPlan":
+        return self.at.plan
+
+    @property
+    def runs(self) -> int:
+        """How often a layer runs forward."""
+        return 2 if self.at.checkpointed else 1
+
+    @property
+    def micro_batches(self) -> Factor:
+        return ("micro-batches", self.plan.recipe.train.grad_accumulation)
+
+    def flops_rate(self, share: float) -> tuple[Factor, ...]:
+        return (("FLOP/s", self.at.hardware.peak_flops or 0.0), ("share reached", share))
+
+    def link(self, rate: float) -> tuple[Factor, ...]:
+        return (("bytes/s", rate), ("share reached", self.efficiency.links))
+
+
+def attention(work: Work) -> Item:
+    """Forward as often as a layer runs, and a backward of 2.5 times the FLOPs."""
+    documents, shape = work.documents, work.at.shape
+    flops = attention_flops(shape, sum_len_squared=documents.sum_len_squared, sum_windowed=documents.sum_windowed)
+    one = (("FLOPs of a rank's forward", flops / work.plan.sp), work.micro_batches)
+    forward, backward = work.efficiency.attention_forward, work.efficiency.attention_backward
+    return Item(
+        "attention",
+        (
+            term("forward", ("runs", work.runs), *one, over=work.flops_rate(forward)),
+            term("backward", 2.5, *one, over=work.flops_rate(backward)),
+        ),
+    )
+
+
+def matmuls(work: Work) -> Item:
+    """Projections, MLP and head: 2 FLOPs a parameter and token forward, 4 backward; what is recomputed counts."""
+    shape = work.at.shape
+    projections = shape.num_layers * shape.attention_parameters
+    mlps = shape.matmul_parameters - shape.head_parameters - projections
+    tiles = work.at.recipe.memory.tiled_mlp is not None
+    parts = (
+        ("attention's projections", work.runs, projections),
+        ("MLPs", work.runs + tiles, mlps),
+        ("head", 1, shape.head_parameters),
+    )
+    rate = work.flops_rate(work.efficiency.matmul)
+    return Item(
+        "matmuls",
+        tuple(
+            term(what, ("runs", 2 * runs + 4), ("parameters", count), work.at.n, work.micro_batches, over=rate)
+            for what, runs, count in parts
+        ),
+    )
+
+
+def elementwise(work: Work) -> Item:
+    """Norms and all that moves bytes rather than computes."""
+    at = work.at
+    moved = ("bytes", work.runs * ELEMENTWISE_FORWARD + ELEMENTWISE_BACKWARD)
+    rate = (("bytes/s", at.hardware.memory_rate), ("share reached", work.efficiency.memory))
+    layers = term("of all layers", moved, at.n, at.h, at.layers, work.micro_batches, over=rate)
+    return Item("elementwise", (layers,))
+
+
+def exchange(work: Work) -> Item:
+    """The all-to-alls around attention; over the fabric what leaves the node, where the group is larger than one."""
+    at, sp = work.at, work.plan.sp
+    if sp == 1:
+        return Item("exchange", ())
+    per_node = at.recipe.hardware.gpus_per_node
+    rate, there = (at.hardware.gpu_link_rate, 1) if sp <= per_node else (at.hardware.fabric_rate, per_node)
+    heads = ("heads", 2 * at.shape.num_query_heads + 2 * at.kv_heads)
+    sent = term(
+        "queries, keys, values, output" + (" between nodes" if there > 1 else ""),
+        ("passes", work.runs + 1),
+        ("bytes", at.d),
+        at.n,
+        ("head_dim", at.shape.head_dim),
+        heads,
+        at.layers,
+        ("share that leaves", (sp - there) / sp),
+        work.micro_batches,
+        over=work.link(rate),
+    )
+    return Item("exchange", (sent,))
+
+
+def zero_traffic(work: Work, compute_seconds: float) -> Item:
+    """Weights gathered and gradients reduced; hidden behind the computation as far as that lasts."""
+    at, zero, world = work.at, work.at.recipe.zero, work.plan.world_size
+    if world == 1:
+        return Item("zero_traffic", ())
+    passes = 3 * work.micro_batches[1] if zero.stage == 3 else 2
+    within, per_node = at.hardware.gpu_link_rate, at.recipe.hardware.gpus_per_node
+    rate = within if work.plan.nodes == 1 else min(within, per_node * at.hardware.fabric_rate)
+    moved = term("weights and gradients", ("passes", passes), ("bytes", at.d), at.parameters, over=work.link(rate))
+    hidden = term("hidden behind the computation", -1, ("seconds", min(moved.value, compute_seconds)))
+    return Item("zero_traffic", (moved, hidden))
+
+
+def offload(work: Work) -> Item:
+    """Copies to and from host memory: in order with the computation, so nothing of them hides."""
+    at = work.at
+    rate = work.link(at.hardware.host_link_rate)
+    part: tuple[Factor, ...] = (("bytes", at.d), at.parameters, work.micro_batches)
+    terms: list[Term] = []
+    feature = at.recipe.memory.activation_checkpoint
+    if feature is not None and feature.offload is not None:
+        inputs = (("bytes", at.d), at.n, at.h, at.layers, work.micro_batches)
+        terms.append(term("layer inputs, there and back", 2, *inputs, over=rate))
+    if at.parameters_offloaded:
+        terms.append(term("weights, for both passes", 2, *part, over=(at.ranks, *rate)))
+    if at.optimizer_offloaded:
+        terms.append(term("gradients, and the new weights", 2, *part, over=(at.ranks, *rate)))
+    return Item("offload", tuple(terms))
+
+
+def update(work: Work) -> Item:
+    """The optimizer's pass over its states: read and written once, with gradients and weights."""
+    at = work.at
+    moments = 0 if at.recipe.optimizer.name == "sgd" else 2
+    touched = ("bytes", at.state * (2 * (1 + moments) + 1) + at.d)
+    over = at.partition(from_stage=1)
+    if at.optimizer_offloaded:
+        here = (touched, at.parameters, at.ranks_of_node)
+        return Item("update", (term("on the host", *here, over=(*over, ("bytes/s", HOST_UPDATE_RATE))),))
+    rate = (("bytes/s", at.hardware.memory_rate), ("share reached", work.efficiency.memory))
+    return Item("update", (term("on the GPU", touched, at.parameters, over=(*over, *rate)),))
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """A step, and what it computes."""
+
+    items: tuple[Item, ...]
+    hardware_flops: float
+    """Of the whole job, with what is recomputed."""
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        return {item.name: item.total for item in self.items}
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_name.values())
+
+
+def step_seconds(plan: "JobPlan", documents: DocumentMix) -> StepSeconds | None:
+    """None where no peak is known: on a CPU."""
+    at = Sizes(plan)
+    if at.hardware.peak_flops is None:
+        return None
+    work = Work(at, documents, efficiency_of(plan.recipe.model, plan.recipe.hardware.gpu))
+    computed = [attention(work), matmuls(work), elementwise(work)]
+    traffic = zero_traffic(work, sum(item.total for item in computed))
+    items = (*computed, exchange(work), traffic, offload(work), update(work))
+    return StepSeconds(items, plan.world_size * sum(_flops(item) for item in computed[:2]))
+
+
+def _flops(item: Item) -> float:
+    """Of a rank: a term's numerator, where the denominator is a rate of FLOPs."""
+    return sum(term(part.what, *part.factors).value for part in item.terms)
+
+
+def checkpoint_seconds(plan: "JobPlan") -> float:
+    """Of writing one checkpoint, by all nodes together."""
+    at = Sizes(plan)
+    return checkpoint_bytes(at).value / (plan.nodes * at.hardware.disk_rate)

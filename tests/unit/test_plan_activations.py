@@ -1,0 +1,132 @@
+"""The planner's activation bytes against the peak that a tiny model's forward and backward really allocate on the CPU.
+
+Every allocation and release of torch's allocator is replayed from the profiler's record, so the peak is exact and the
+same on every machine. Weights and optimizer states are there before and are not counted; gradients are added into
+tensors that are there before.
+"""
+
+import gc
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pipeline.attention.function import NAME, AttentionContext, register
+from pipeline.attention.kernels.cpu import CpuKernel
+from pipeline.attention.segments import segments_of
+from pipeline.memory.apply import Attached, attach_features
+from pipeline.model.build import build_model
+from pipeline.parallel.mesh import Mesh
+from pipeline.plan.job import JobPlan, plan_job
+from pipeline.plan.memory import MOMENTS, activation_bytes, activation_moment
+from pipeline.recipe.load import load
+
+TOKENS = 2048
+"""Of a shard: the hidden states are then far larger than the weights, whose gradients ZeRO would take away."""
+DOCUMENT = 64
+"""Short: the CPU kernel's block of scores, which the planner leaves out, is then small."""
+TOLERANCE = 0.04
+
+SIZES = (
+    "model.config={vocab_size: 512, hidden_size: 128, intermediate_size: 448, num_hidden_layers: 3}",
+    "model.config={num_attention_heads: 4, num_key_value_heads: 2}",
+    "model.dtype=bfloat16",
+    "memory.tiled_loss={tile_tokens: 64}",
+    "memory.tiled_mlp={tile_tokens: 128}",
+    "memory.activation_checkpoint={offload: null}",
+    "train.self_check=null",
+    "evaluation=null",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    peak_bytes: int
+    attached: Attached
+
+
+def planned(*overrides: str, sp: int = 1) -> JobPlan:
+    mesh = (f"hardware.gpus_per_node={sp}", f"parallel.sp={sp}", f"data.seq_len={TOKENS * sp}")
+    return plan_job(load("tiny", overrides=[*SIZES, *mesh, *overrides]))
+
+
+def measured(plan: JobPlan) -> Measured:
+    """The peak of a second forward and backward of the plan's model, with what the plan attaches."""
+    register()
+    model = build_model(plan.recipe.model, attention=NAME, seed=0)
+    attached = attach_features(model, plan)
+    ids = torch.randint(plan.model.vocab_size, (1, TOKENS))
+    bounds = torch.arange(0, plan.seq_len + 1, DOCUMENT, dtype=torch.int32)
+    group = dist.group.WORLD if plan.sp > 1 else None
+    mesh = Mesh(rank=0, world_size=plan.sp, sp=plan.sp, sp_group=group)
+    context = AttentionContext(segments_of(bounds, device=torch.device("cpu")), mesh, CpuKernel())
+    inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(TOKENS)[None]}
+
+    def step() -> None:
+        model(**inputs, attention_context=context).backward()
+
+    step()  # gradients are there from now on
+    gc.collect()  # what an earlier test left must not go while this one is recorded
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = record.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return Measured(peak, attached)
+
+
+@pytest.fixture
+def group_of_two():
+    """Of this process alone: nothing is sent, and what is received has its size. gloo's threads let go of tensors when
+    they come to it, so with gloo the peak would depend on the machine."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+CASES = {
+    "every feature": (),
+    "no tiled MLP": ("memory.tiled_mlp=null",),
+    "no tiled loss": ("memory.tiled_loss=null",),
+    "no checkpoints": ("memory.activation_checkpoint=null",),
+    "no checkpoints, no tiled MLP": ("memory.activation_checkpoint=null", "memory.tiled_mlp=null"),
+    "nothing": ("memory.activation_checkpoint=null", "memory.tiled_mlp=null", "memory.tiled_loss=null"),
+    "as many KV heads": ("model.config={num_key_value_heads: 4}",),
+    "narrow attention": ("model.config={head_dim: 16, num_key_value_heads: 1}",),
+    "wide attention": ("model.config={head_dim: 96}",),
+    "large vocabulary, no tiled loss": ("model.config={vocab_size: 4096}", "memory.tiled_loss=null"),
+    "more layers": ("model.config={num_hidden_layers: 6}",),
+    "float32": ("model.dtype=float32",),
+    "qwen3": ("model.config={model_type: qwen3, head_dim: 32}",),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_planned_activations_are_what_a_model_allocates(name):
+    plan = planned(*CASES[name])
+    peak = measured(plan).peak_bytes
+    assert activation_bytes(plan) == pytest.approx(peak, rel=TOLERANCE), activation_moment(plan)
+
+
+def test_with_a_shared_sequence_too(group_of_two):
+    plan = planned(sp=2)
+    assert activation_bytes(plan) == pytest.approx(measured(plan).peak_bytes, rel=TOLERANCE), activation_moment(plan)
+
+
+def test_what_waits_in_host_memory_is_counted_to_the_byte():
+    from pipeline.plan.host_memory import host_bytes
+
+    plan = planned("memory.activation_checkpoint={offload: cpu}")
+    store = measured(plan).attached.store
+    assert store is not None
+    assert store.peak_bytes == host_bytes(plan).by_name["activation_checkpoint"]
+
+
+def test_the_cases_meet_the_moments_that_differ():
+    assert len({activation_moment(planned(*overrides)) for overrides in CASES.values()}) >= 4 <= len(MOMENTS)
