@@ -47,12 +47,14 @@ class _Call:
     layer: Callable[..., Any]
     others: tuple[Any, ...]
 
-    def run(self, hidden_states: torch.Tensor, tape: AttentionTape | None = None) -> torch.Tensor:
-        """The layer's output; its attention is played from the tape, or recorded on it."""
+    def run(
+        self, hidden_states: torch.Tensor, tape: AttentionTape | None = None, *, is_last: bool = False
+    ) -> torch.Tensor:
+        """The layer's output; its attention is played from the tape, or recorded on it for runs to come."""
         layer = self.layer
         context = getattr(layer, "keywords", {}).get("attention_context")
         if tape is not None and context is not None:
-            tape.rewind()
+            tape.rewind(for_last_run=is_last)
             layer = partial(layer, attention_context=replace(context, tape=tape))
         return _tensor(layer(hidden_states, *self.others))
 
@@ -133,7 +135,7 @@ class _Checkpoint(torch.autograd.Function):
         for call in reversed(calls):
             hidden_states = inputs.pop().requires_grad_()
             with torch.enable_grad():
-                out = call.run(hidden_states, tapes.pop())
+                out = call.run(hidden_states, tapes.pop(), is_last=True)
             torch.autograd.backward(out, grad)
             grad = hidden_states.grad
         return None, None, None, grad

@@ -5,7 +5,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from pipeline.plan.hardware import GIB, MIB
-from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, states
+from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, kept, states
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -40,16 +40,15 @@ def offloaded_parameters(at: Sizes) -> Item:
 
 
 def activation_checkpoint(at: Sizes) -> Item:
-    """The arena of layer inputs of a node's ranks."""
+    """What a node's ranks keep from forward to backward; pinned in one block, so nothing is rounded up."""
     feature = at.recipe.memory.activation_checkpoint
     if feature is None or feature.offload != "cpu":
         return Item("activation_checkpoint", ())
-    inputs = term("inputs of all layers", ("bytes", at.d), at.n, at.h, at.layers, at.ranks_of_node)
-    return Item("activation_checkpoint", (inputs,))
+    return Item("activation_checkpoint", tuple(term(part.what, *part.factors, at.ranks_of_node) for part in kept(at)))
 
 
 def pinned_overhead(at: Sizes) -> Item:
-    """torch rounds every page-locked block up to a power of two; what that adds."""
+    """torch rounds the page-locked blocks of ZeRO up to powers of two; what that adds."""
     if not at.on_gpu:
         return Item("pinned_overhead", ())
     terms = [_rounding(what, count, size, at.ranks_of_node) for what, count, size in _pinned_blocks(at)]
@@ -66,10 +65,6 @@ def _pinned_blocks(at: Sizes) -> list[tuple[str, float, float]]:
         blocks.append(("blocks of gradients for the update", float(groups), at.state * part / groups))
     if at.parameters_offloaded:
         blocks.append(("block of weights", 1.0, at.d * part))
-    feature = at.recipe.memory.activation_checkpoint
-    if feature is not None and feature.offload == "cpu":
-        size = at.d * at.plan.local_seq_len * at.shape.hidden_size
-        blocks.append(("blocks of layer inputs", float(at.shape.num_layers), size))
     return blocks
 
 

@@ -6,8 +6,10 @@ item's terms say at which of them they are there. Letters: n tokens of a rank's 
 model's dtype.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import TYPE_CHECKING
 
 from pipeline.plan.hardware import GIB, Hardware, Kernel, hardware_of, kernel_of
@@ -141,6 +143,21 @@ class Sizes:
         return self.recipe.memory.activation_checkpoint is not None
 
     @property
+    def layers_per_group(self) -> int:
+        """That share a checkpoint."""
+        feature = self.recipe.memory.activation_checkpoint
+        return 1 if feature is None else min(feature.layers_per_group, self.shape.num_layers)
+
+    @property
+    def groups(self) -> int:
+        return ceil(self.shape.num_layers / self.layers_per_group)
+
+    @property
+    def keeps_attention(self) -> bool:
+        feature = self.recipe.memory.activation_checkpoint
+        return feature is not None and feature.keep_attention
+
+    @property
     def parameters_offloaded(self) -> bool:
         return self.recipe.zero.offload_parameters is not None
 
@@ -217,28 +234,70 @@ def batch(at: Sizes) -> Item:
 def activation_checkpoint(at: Sizes) -> Item:
     """What waits for backward on the GPU, of the layers other than the one that is live.
 
-    Their inputs with the feature, none with offload; without it all that a layer saves.
+    What is kept, and with offload only what is on its way back; the inputs and attention outputs of the group of layers
+    that is live; without the feature all that a layer saves.
     """
     feature = at.recipe.memory.activation_checkpoint
-    others = ("layers but one", at.shape.num_layers - 1)
     if feature is None:
         saved = (*_saved_by_norms(at), *_saved_by_attention(at), *_saved_by_mlp(at))
+        others = ("layers but one", at.shape.num_layers - 1)
         terms = tuple(
             term(part.what, *part.factors, count, when=moments)
             for part in saved
             for count, moments in ((others, IN_LAYER), (at.layers, AFTER_LAYERS))
         )
         return Item("activation_checkpoint", terms)
-    if feature.offload is not None:
-        return Item("activation_checkpoint", ())
-    one = (("bytes", at.d), at.n, at.h)
-    return Item(
-        "activation_checkpoint",
-        (
-            term("inputs of the other layers", *one, others, when=IN_LAYER),
-            term("inputs of all layers", *one, at.layers, when=AFTER_LAYERS),
-        ),
+    waiting = _on_its_way(at) if feature.offload is not None else _kept_on_gpu(at)
+    return Item("activation_checkpoint", (*waiting, *_live_group(at)))
+
+
+def kept_inputs(at: Sizes, count: Factor) -> Term:
+    """Inputs of so many groups of layers."""
+    return term(f"inputs of {count[0]}", ("bytes", at.d), at.n, at.h, count)
+
+
+def kept_attention(at: Sizes, count: Factor) -> tuple[Term, ...]:
+    """Attention's output and log-sum-exp, of so many layers."""
+    return (
+        term(f"attention's output of {count[0]}", ("bytes", at.d), at.n, at.q, count),
+        term(f"log-sum-exp of {count[0]}", ("bytes", WIDE), at.n, ("heads", at.shape.num_query_heads), count),
     )
+
+
+def kept(at: Sizes) -> tuple[Term, ...]:
+    """What waits from a rank's forward to its backward, wherever it does."""
+    attention = kept_attention(at, ("all layers", at.shape.num_layers)) if at.keeps_attention else ()
+    return (kept_inputs(at, ("all groups", at.groups)), *attention)
+
+
+def _kept_on_gpu(at: Sizes) -> tuple[Term, ...]:
+    others = [kept_inputs(at, ("the other groups", at.groups - 1))]
+    if at.keeps_attention:
+        others += kept_attention(at, ("the other layers", at.shape.num_layers - 1))
+    return (*_at(IN_LAYER, others), *_at(AFTER_LAYERS, kept(at)))
+
+
+def _on_its_way(at: Sizes) -> tuple[Term, ...]:
+    """While a group is live, what the one before it needs comes back from host memory."""
+    coming = [kept_inputs(at, ("the next group", 1))]
+    if at.keeps_attention:
+        coming += kept_attention(at, ("the next group's layers", at.layers_per_group))
+    return _at(IN_LAYER, coming) if at.groups > 1 else ()
+
+
+def _live_group(at: Sizes) -> tuple[Term, ...]:
+    """The layers of the live group that wait for their turn: attention's outputs are on its tape."""
+    feature, others = at.recipe.memory.activation_checkpoint, at.layers_per_group - 1
+    if not others or feature is None:
+        return ()
+    live = [kept_inputs(at, ("the live group's other layers", others))]
+    if not at.keeps_attention or feature.offload is not None:
+        live += kept_attention(at, ("the live group's other layers", others))
+    return _at(IN_LAYER, live)
+
+
+def _at(moments: tuple[str, ...], terms: Sequence[Term]) -> tuple[Term, ...]:
+    return tuple(term(part.what, *part.factors, when=moments) for part in terms)
 
 
 def _saved_by_norms(at: Sizes) -> tuple[Term, ...]:

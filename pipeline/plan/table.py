@@ -106,11 +106,10 @@ def _seconds(estimate: Estimate) -> Table:
 
 def _hidden(item: Item) -> str:
     """What of an item's traffic hides behind the computation."""
-    if item.name == "offload":
-        return "in order with the computation: does not hide"
-    if item.name != "zero_traffic":
+    hidden = -sum(part.value for part in item.terms if part.value < 0)
+    if not hidden:
         return ""
-    moved, hidden = item.terms[0].value, -item.terms[1].value
+    moved = item.total + hidden
     return f"{moved:,.2f} s of traffic, {hidden / moved:.0%} of it hidden behind the computation"
 
 

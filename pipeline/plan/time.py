@@ -11,7 +11,7 @@ from pipeline.plan.documents import DocumentMix
 from pipeline.plan.flops import attention_flops
 from pipeline.plan.hardware import GB, Efficiency, efficiency_of
 from pipeline.plan.host_memory import checkpoint_bytes
-from pipeline.plan.memory import Sizes
+from pipeline.plan.memory import Sizes, kept
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -40,9 +40,16 @@ class Work:
         return self.at.plan
 
     @property
-    def runs(self) -> int:
-        """How often a layer runs forward."""
-        return 2 if self.at.checkpointed else 1
+    def runs(self) -> float:
+        """How often a layer runs forward, on average: in groups all but the last one of each once more."""
+        if not self.at.checkpointed:
+            return 1
+        return 3 - self.at.groups / self.at.shape.num_layers
+
+    @property
+    def attention_runs(self) -> int:
+        """How often attention's kernel runs forward: never a third time, and once if its output is kept."""
+        return 2 if self.at.checkpointed and not self.at.keeps_attention else 1
 
     @property
     def micro_batches(self) -> Factor:
@@ -64,7 +71,7 @@ def attention(work: Work) -> Item:
     return Item(
         "attention",
         (
-            term("forward", ("runs", work.runs), *one, over=work.flops_rate(forward)),
+            term("forward", ("runs", work.attention_runs), *one, over=work.flops_rate(forward)),
             term("backward", 2.5, *one, over=work.flops_rate(backward)),
         ),
     )
@@ -136,16 +143,19 @@ def zero_traffic(work: Work, compute_seconds: float) -> Item:
     return Item("zero_traffic", (moved, hidden))
 
 
-def offload(work: Work) -> Item:
-    """Copies to and from host memory: in order with the computation, so nothing of them hides."""
+def offload(work: Work, compute_seconds: float) -> Item:
+    """Copies to and from host memory. Those of layers run beside the computation, ZeRO's in order with it."""
     at = work.at
     rate = work.link(at.hardware.host_link_rate)
     part: tuple[Factor, ...] = (("bytes", at.d), at.parameters, work.micro_batches)
     terms: list[Term] = []
     feature = at.recipe.memory.activation_checkpoint
     if feature is not None and feature.offload is not None:
-        inputs = (("bytes", at.d), at.n, at.h, at.layers, work.micro_batches)
-        terms.append(term("layer inputs, there and back", 2, *inputs, over=rate))
+        moved = [
+            term(f"{part.what}, there and back", 2, *part.factors, work.micro_batches, over=rate) for part in kept(at)
+        ]
+        beside = min(sum(part.value for part in moved), compute_seconds)
+        terms += [*moved, term("hidden behind the computation", -1, ("seconds", beside))]
     if at.parameters_offloaded:
         terms.append(term("weights, for both passes", 2, *part, over=(at.ranks, *rate)))
     if at.optimizer_offloaded:
@@ -190,8 +200,9 @@ def step_seconds(plan: "JobPlan", documents: DocumentMix) -> StepSeconds | None:
         return None
     work = Work(at, documents, efficiency_of(plan.recipe.model, plan.recipe.hardware.gpu))
     computed = [attention(work), matmuls(work), elementwise(work)]
-    traffic = zero_traffic(work, sum(item.total for item in computed))
-    items = (*computed, exchange(work), traffic, offload(work), update(work))
+    compute_seconds = sum(item.total for item in computed)
+    traffic, copies = zero_traffic(work, compute_seconds), offload(work, compute_seconds)
+    items = (*computed, exchange(work), traffic, copies, update(work))
     return StepSeconds(items, plan.world_size * sum(_flops(item) for item in computed[:2]))
 
 

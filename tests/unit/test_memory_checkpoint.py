@@ -132,3 +132,7 @@ def test_a_tape_plays_what_is_on_it_and_records_what_is_not():
     assert tape.play_or_record(lambda: second) is second
     tape.rewind()
     assert [tape.play_or_record(list), tape.play_or_record(list)] == [first, second]
+    tape.rewind(for_last_run=True)
+    assert [tape.play_or_record(list), tape.play_or_record(list)] == [first, second]
+    assert tape.play_or_record(lambda: first) is first
+    assert tape.outputs == []

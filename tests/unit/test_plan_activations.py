@@ -30,6 +30,8 @@ DOCUMENT = 64
 """Short: the CPU kernel's block of scores, which the planner leaves out, is then small."""
 TOLERANCE = 0.04
 
+CHECKPOINT = "memory.activation_checkpoint"
+
 SIZES = (
     "model.config={vocab_size: 512, hidden_size: 128, intermediate_size: 448, num_hidden_layers: 3}",
     "model.config={num_attention_heads: 4, num_key_value_heads: 2}",
@@ -103,6 +105,17 @@ CASES = {
     "large vocabulary, no tiled loss": ("model.config={vocab_size: 4096}", "memory.tiled_loss=null"),
     "more layers": ("model.config={num_hidden_layers: 6}",),
     "float32": ("model.dtype=float32",),
+    "groups": (f"{CHECKPOINT}={{layers_per_group: 2}}",),
+    "one group": (f"{CHECKPOINT}={{layers_per_group: 8}}",),
+    "kept attention": (f"{CHECKPOINT}={{keep_attention: true}}",),
+    "kept attention, groups": (f"{CHECKPOINT}={{keep_attention: true, layers_per_group: 2}}",),
+    "offload": (f"{CHECKPOINT}={{offload: cpu}}",),
+    "offload, groups": (f"{CHECKPOINT}={{offload: cpu, layers_per_group: 2}}",),
+    "offload, kept attention": (f"{CHECKPOINT}={{offload: cpu, keep_attention: true}}",),
+    "offload, both": (  # of four layers: the planner counts a group of two beside another one
+        f"{CHECKPOINT}={{offload: cpu, keep_attention: true, layers_per_group: 2}}",
+        "model.config={num_hidden_layers: 4}",
+    ),
     "qwen3": ("model.config={model_type: qwen3, head_dim: 32}",),
 }
 

@@ -66,9 +66,8 @@ def test_states_are_partitioned_by_the_stage():
 
 def test_what_is_offloaded_is_not_on_the_gpu_but_on_the_host():
     there = estimated("zero.offload_parameters=cpu").load
-    assert [there.gpu.by_name[name] for name in ("parameters", "gradients", "optimizer", "activation_checkpoint")] == [
-        0
-    ] * 4
+    assert [there.gpu.by_name[name] for name in ("parameters", "gradients", "optimizer")] == [0, 0, 0]
+    assert there.gpu.by_name["activation_checkpoint"] == 2 * TOKENS * 4096  # the next layer's, on its way back
     host = there.host.by_name
     assert host["offloaded_parameters"] == 2 * PARAMETERS
     assert host["optimizer"] == 20 * PARAMETERS
@@ -148,12 +147,29 @@ def test_one_gpu_has_no_nccl_and_a_cpu_neither_context_nor_reserve():
 # Bytes of a host
 
 
-@pytest.mark.parametrize(("local", "rounded"), [(262_144, 2**31), (262_400, 2**32), (200_192, 2**31)])
-def test_page_locked_blocks_are_rounded_up_to_powers_of_two(local, rounded):
-    with_inputs = estimated(f"data.seq_len={8 * local}").load.host.by_name["pinned_overhead"]
-    without = estimated(f"data.seq_len={8 * local}", "memory.activation_checkpoint.offload=null")
-    blocks = 8 * 32
-    assert with_inputs - without.load.host.by_name["pinned_overhead"] == blocks * (rounded - 2 * local * 4096)
+def test_page_locked_blocks_of_zero_are_rounded_up_to_powers_of_two():
+    offloaded = estimated("zero.offload_parameters=cpu").load.host.by_name["pinned_overhead"]
+    without = estimated().load.host.by_name["pinned_overhead"]
+    assert offloaded - without == pytest.approx(8 * (2**31 - 2 * PARAMETERS / 8), abs=1)
+
+
+KEPT_LAYER = 2 * 4096 + 4 * 32
+"""Bytes a token of attention's output and log-sum-exp."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "token_bytes"),
+    [
+        ("keep_attention: true", 32 * (2 * 4096 + KEPT_LAYER)),
+        ("layers_per_group: 4", 8 * 2 * 4096),
+        ("layers_per_group: 5", 7 * 2 * 4096),
+        ("layers_per_group: 99", 2 * 4096),
+        ("layers_per_group: 4, keep_attention: true", 8 * 2 * 4096 + 32 * KEPT_LAYER),
+    ],
+)
+def test_what_is_kept_waits_on_the_host(settings, token_bytes):
+    host = estimated(f"memory.activation_checkpoint={{{settings}}}").load.host.by_name
+    assert host["activation_checkpoint"] == 2_097_152 * token_bytes
 
 
 def test_on_a_cpu_what_would_lie_on_a_gpu_is_host_memory():
@@ -170,6 +186,18 @@ def test_disk_holds_the_checkpoints_that_are_kept_and_the_one_being_written():
 
 
 # Seconds
+
+
+def test_what_is_kept_is_not_computed_again_and_what_is_grouped_runs_once_more():
+    plain, kept, grouped = (
+        estimated("model.attention=flash_attention_3", f"memory.activation_checkpoint={{{settings}}}").seconds.by_name
+        for settings in ("keep_attention: false", "keep_attention: true", "layers_per_group: 4")
+    )
+    forward = 1 / 0.62
+    assert kept["attention"] / plain["attention"] == pytest.approx((forward + 2.5 / 0.5) / (2 * forward + 2.5 / 0.5))
+    assert grouped["attention"] == plain["attention"]
+    assert grouped["matmuls"] > kept["matmuls"] == plain["matmuls"]
+    assert plain["offload"] < kept["offload"] + 1e-9  # ZeRO's copies; those of layers hide
 
 
 def test_attention_runs_forward_twice_and_backward_costs_two_and_a_half():
