@@ -50,9 +50,12 @@ def plot_memory(plan: JobPlan, path: Path) -> None:
         _draw(axes, lengths, curve, planned=plan.seq_len, fitting=fitting)
     gpus = plan.recipe.hardware
     figure.suptitle(f"{plan.recipe.name} on {gpus.nodes} x {gpus.gpus_per_node} {gpus.gpu.value}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format=suffix, dpi=110)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=110)
+    except OSError as error:
+        raise UserError(f"--plot {path}: cannot be written ({error.strerror}); name another file") from None
 
 
 def _longest(plan: JobPlan) -> int | None:

@@ -141,6 +141,8 @@ def test_memory_is_plotted(alst, tmp_path):
     assert alst("plan", "llama8b", "--plot", "plots/memory.png").code == 0
     assert (tmp_path / "plots" / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert_refused(alst("plan", "llama8b", "--plot", "memory.docx"), "memory.docx", "one of")
+    (tmp_path / "file").touch()
+    assert_refused(alst("plan", "llama8b", "--plot", "file/memory.png"), "cannot be written", "name another file")
 
 
 def test_a_cluster_says_its_hardware_and_its_time_limit(alst):
