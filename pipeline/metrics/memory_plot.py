@@ -13,6 +13,7 @@ from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.limits import load_of
 
 POINTS = 48
+FORMATS = ("png", "svg", "pdf")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,15 @@ class _Curve:
 def plot_memory(plan: JobPlan, path: Path) -> None:
     """A rank's GPU and a node's host memory up to half again what the plan, or what fits, is long.
 
-    Raises UserError if matplotlib is not installed.
+    Raises UserError if matplotlib is not installed, or cannot write such a file.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"--plot {path}: matplotlib is not installed ({error}); install alst-pipeline[train]") from None
+    suffix = path.suffix.removeprefix(".").lower()
+    if suffix not in FORMATS:
+        raise UserError(f"--plot {path}: must end in one of {', '.join(FORMATS)}; write e.g. {path.stem}.png")
     fitting = _longest(plan)
     lengths = _lengths(plan, 1.5 * max(plan.seq_len, fitting or 0))
     loads = [load_of(_at(plan, length)) for length in lengths]
@@ -46,9 +50,12 @@ def plot_memory(plan: JobPlan, path: Path) -> None:
         _draw(axes, lengths, curve, planned=plan.seq_len, fitting=fitting)
     gpus = plan.recipe.hardware
     figure.suptitle(f"{plan.recipe.name} on {gpus.nodes} x {gpus.gpus_per_node} {gpus.gpu.value}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=110)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=110)
+    except OSError as error:
+        raise UserError(f"--plot {path}: cannot be written ({error.strerror}); name another file") from None
 
 
 def _longest(plan: JobPlan) -> int | None:

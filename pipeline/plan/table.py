@@ -72,7 +72,7 @@ def _memory(estimate: Estimate) -> Table:
     limits = (load.hardware.memory_bytes, load.hardware.host_memory_bytes, None)
     table = Table(box=SIMPLE_HEAD, pad_edge=True)
     table.add_column("GiB", style="cyan", no_wrap=True)
-    for title in ("GPU, a rank", "host, a node", "disk, a node"):
+    for title in ("GPU, a rank" if limits[0] else "tensors, a rank", "host, a node", "disk, a node"):
         table.add_column(title, justify="right", no_wrap=True)
     for name in dict.fromkeys(name for column in columns for name in column):
         cells = [_gib(column.get(name, 0)) for column in columns]

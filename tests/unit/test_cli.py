@@ -63,7 +63,7 @@ def test_the_version_names_the_release_and_the_commit(alst):
 def test_help_lists_every_command_with_what_it_does(alst):
     outcome = alst("--help")
     assert outcome.code == 0
-    for command in ("plan", "pack", "inspect", "train", "run"):
+    for command in ("plan", "fit", "pack", "inspect", "train", "run"):
         assert f"{command} " in outcome.out
 
 
@@ -81,6 +81,102 @@ def test_json_stands_alone_on_stdout_and_reads_as_the_plan(alst, tmp_path):
     path.write_text(outcome.out)
     assert json.loads(outcome.out)["plan_version"] == 1
     assert read_plan(path) == plan_job(load("tiny", overrides=["train.steps=3"]))
+
+
+ESTIMATE = {
+    "recipe", "nodes", "world_size", "mesh", "seq_len", "local_seq_len", "tokens_per_step", "gpu_bytes",
+    "host_bytes_per_node", "disk_bytes_per_node", "seconds_per_step", "model_flops_per_step", "mfu", "hfu", "fits",
+    "binding", "advice",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "llama8b"])
+def test_json_has_what_a_job_will_take_and_items_add_up(alst, recipe):
+    told = json.loads(alst("plan", recipe, "--json").out)
+    assert told.keys() >= ESTIMATE
+    assert told["mesh"] == {"dp": told["dp"], "sp": told["sp"]}
+    for name in ("gpu_bytes", "host_bytes_per_node"):
+        items = {key: value for key, value in told[name].items() if key not in ("total", "available", "peak_at")}
+        assert sum(items.values()) == told[name]["total"]
+    assert (told["seconds_per_step"] is None) == (told["mfu"] is None) == (recipe == "tiny")
+    assert (told["fits"], told["advice"]) == (True, [])
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(alst):
+    outcome = alst("plan", "llama8b", "data.seq_len=8388608")
+    assert outcome.code == 0
+    for words in (
+        "does NOT fit",
+        "< binds",
+        "data.seq_len=",
+        "or hardware.nodes=",
+        "sizes from the planner's own table",
+    ):
+        assert words in outcome.out
+    advice = json.loads(alst("plan", "llama8b", "data.seq_len=8388608", "--json").out)["advice"]
+    assert [change["fits"] for change in advice][-1]
+    assert advice[0]["changes"]
+
+
+def test_an_item_is_explained_with_the_numbers_that_the_table_adds_up(alst):
+    outcome = alst("plan", "llama8b", "--explain", "activation checkpoint")
+    assert "2 bytes x 262,144 tokens x 4,096 hidden x 32 layers x 8 ranks of a node = 512.00 GiB" in outcome.out
+    seconds = alst("plan", "llama8b", "--explain", "attention").out
+    assert "seconds of a step" in seconds
+    assert "9.890e+14 FLOP/s" in seconds
+    assert_refused(alst("plan", "llama8b", "--explain", "tiled_los"), "no such item", "did you mean tiled_loss?")
+
+
+def test_two_recipes_stand_side_by_side(alst):
+    outcome = alst("plan", "--compare", "llama8b", "qwen3-32b")
+    assert outcome.out.index("llama8b") < outcome.out.index("qwen3-32b")
+    assert "seconds: attention" in outcome.out
+    both = json.loads(alst("plan", "--compare", "llama8b", "qwen3-32b", "--json").out)
+    assert [told["name"] for told in both] == ["llama8b", "qwen3-32b"]
+    assert_refused(alst("plan", "--compare", "lama8b", "qwen3-32b"), "'lama8b'", "did you mean 'llama8b'?")
+
+
+def test_memory_is_plotted(alst, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert alst("plan", "llama8b", "--plot", "plots/memory.png").code == 0
+    assert (tmp_path / "plots" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert_refused(alst("plan", "llama8b", "--plot", "memory.docx"), "memory.docx", "one of")
+    (tmp_path / "file").touch()
+    assert_refused(alst("plan", "llama8b", "--plot", "file/memory.png"), "cannot be written", "name another file")
+
+
+def test_a_cluster_says_its_hardware_and_its_time_limit(alst):
+    told = json.loads(alst("plan", "llama8b", "hardware.gpus_per_node=2", "--json").out)
+    assert (told["world_size"], told["steps_per_time_limit"]) == (2, None)
+    told = json.loads(alst("plan", "llama8b", "--cluster", "infiniband", "--nodes", "2", "--json").out)
+    assert told["world_size"] == 16
+    assert told["steps_per_time_limit"] > 0
+    assert_refused(alst("plan", "llama8b", "--cluster", "nowhere"), "'nowhere'", "infiniband")
+
+
+def test_fit_tells_the_longest_sequence_and_auto_takes_it(alst):
+    outcome = alst("fit", "llama70b", "--nodes", "2")
+    assert "binds" in outcome.out
+    found = json.loads(alst("fit", "llama70b", "--nodes", "2", "--json").out)
+    assert found["seq_len"] == found["recipe"]["data"]["seq_len"]
+    planned = json.loads(alst("plan", "llama70b", "data.seq_len=auto", "--nodes", "2", "--json").out)
+    assert planned == found
+    assert f"data.seq_len={found['seq_len']}" in outcome.out
+
+
+def test_fit_chooses_features_for_a_wanted_length(alst):
+    found = json.loads(alst("fit", "llama8b", "--features", "auto", "data.seq_len=1048576", "--json").out)
+    assert (found["seq_len"], found["fits"]) == (1048576, True)
+    assert "features chosen" in alst("fit", "llama8b", "--features", "auto", "data.seq_len=1048576").out
+
+
+def test_auto_is_resolved_before_a_job_is_written(alst, tmp_path):
+    outcome = alst("submit", "llama8b", "--cluster", "infiniband", "--nodes", "2", "--dry-run", "data.seq_len=auto")
+    assert outcome.code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    plan = read_plan(run / "plan.json")
+    assert plan.recipe.data.seq_len == plan.seq_len > 2**20
+    assert load(run / "recipe.yaml").data.seq_len == plan.seq_len
 
 
 def test_nodes_stand_over_the_recipe_and_over_its_overrides(alst):
@@ -101,6 +197,10 @@ REFUSED = [
     pytest.param(["plan", "tny"], ["recipe 'tny'", "no such file", "did you mean 'tiny'?"], id="recipe missing"),
     pytest.param(["plan", "tiny", "train.step=5"], ["train.step", "not a key", "'steps'?"], id="misspelt key"),
     pytest.param(["plan", "tiny", "data.seq_len=32k"], ["'32k'", "integer", "correct data.seq_len"], id="unit"),
+    pytest.param(["plan", "tiny", "hardware.gpu=H300"], ["'H300'", "'GH200-96GB'", "correct hardware.gpu"], id="GPU"),
+    pytest.param(["plan", "tiny", "hardware.host_memory_gib=2TB"], ["'2TB'", "valid number"], id="host memory"),
+    pytest.param(["fit", "tiny", "parallel.sp=3"], ["parallel.sp = 3", "must divide", "use one of"], id="mesh"),
+    pytest.param(["fit", "tiny", "hardware.host_memory_gib=1"], ["no length fits", "host memory"], id="too small"),
     pytest.param(["plan", "tiny", "train.steps=true"], ["True", "integer", "correct"], id="bool for a number"),
     pytest.param(["plan", "tiny", 'optimizer.lr="3e-4"'], ["'3e-4'", "number", "correct"], id="text for a number"),
     pytest.param(["plan", "tiny", "steps"], ["'steps'", "must be key=value", "write e.g."], id="no equals sign"),

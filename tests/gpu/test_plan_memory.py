@@ -1,0 +1,68 @@
+"""The planner's activation bytes against CUDA's own peak, features on and off, for a small Llama in bfloat16."""
+
+import pytest
+import torch
+
+from tests.gpu.support import gpu_of_this_machine
+
+TOKENS = 65_536
+"""Long enough that cuBLAS's workspace and the allocator's rounding are small beside the hidden states."""
+TOLERANCE = 0.12
+
+SIZES = (
+    "model.config={vocab_size: 16384, hidden_size: 1024, intermediate_size: 3584, num_hidden_layers: 4}",
+    "model.config={num_attention_heads: 16, num_key_value_heads: 4}",
+    "model.dtype=bfloat16",
+    "memory.tiled_loss={tile_tokens: 4096}",
+    "memory.tiled_mlp={tile_tokens: 4096}",
+    "memory.activation_checkpoint={offload: cpu}",
+    "hardware.gpus_per_node=1",
+    f"data.seq_len={TOKENS}",
+    "train.self_check=null",
+    "evaluation=null",
+)
+
+CASES = {
+    "every feature": (),
+    "no offload": ("memory.activation_checkpoint={offload: null}",),
+    "no tiled MLP": ("memory.tiled_mlp=null",),
+    "no tiled loss": ("memory.tiled_loss=null",),
+    "no checkpoints": ("memory.activation_checkpoint=null",),
+    "as many KV heads": ("model.config={num_key_value_heads: 16}",),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_planned_activations_are_what_cuda_allocates(device, name):
+    pytest.importorskip("pydantic")
+    from pipeline.attention.function import NAME, AttentionContext, register
+    from pipeline.attention.kernels.choice import choose
+    from pipeline.attention.segments import segments_of
+    from pipeline.memory.apply import attach
+    from pipeline.model.build import build_model
+    from pipeline.parallel.mesh import Mesh
+    from pipeline.plan.job import plan_job
+    from pipeline.plan.memory import activation_bytes, activation_moment
+    from pipeline.recipe.load import load
+
+    kernel = choose("auto", device=device).kernel
+    asked = [*SIZES, f"hardware.gpu={gpu_of_this_machine()}", f"model.attention={kernel.name}", *CASES[name]]
+    plan = plan_job(load("tiny", overrides=asked))
+    register()
+    model = build_model(plan.recipe.model, attention=NAME, seed=0).to(device)
+    tiles = {"mlp_tile_tokens": plan.mlp_tile_tokens, "loss_tile_tokens": plan.loss_tile_tokens}
+    attach(model, plan.recipe.memory, **tiles)  # not attach_features: this process set no allocator
+    ids = torch.randint(plan.model.vocab_size, (1, TOKENS), device=device)
+    bounds = torch.tensor([0, TOKENS // 3, TOKENS], dtype=torch.int32)
+    context = AttentionContext(segments_of(bounds, device=device), Mesh(0, 1, 1, None), kernel)
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(TOKENS, device=device)[None]}
+    model(**inputs, attention_context=context).backward()  # gradients are there from now on
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+
+    model(**inputs, attention_context=context).backward()
+
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert activation_bytes(plan) == pytest.approx(peak, rel=TOLERANCE), (kernel.name, activation_moment(plan))
