@@ -4,21 +4,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from transformers import PreTrainedModel
-
 from pipeline.data.loader import PackedLoader, StepBatch
 from pipeline.memory.apply import Attached
 from pipeline.metrics.console import ProgressLine, size, warn
 from pipeline.metrics.meter import StepRecord, StepTimer, step_record
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.tracker import Tracker
-from pipeline.model.anatomy import matmul_parameters
-from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.hardware import HARDWARE
-from pipeline.plan.model_shape import ModelShape, shape_of
 from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.evaluate import HeldOut, evaluate, is_due
+from pipeline.train.flops import StepFlops
 from pipeline.train.guard import Guard
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
@@ -41,43 +36,6 @@ class Watch:
     held_out: HeldOut | None
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """What a step's model FLOPs follow from."""
-
-    shape: ModelShape
-    matmul_parameters: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "_Counted | None":
-        """The real model's; None where neither its linear maps nor its config tell how many of its experts a token
-        meets."""
-        shape = shape_of(model.config.get_text_config().to_dict())
-        counted = matmul_parameters(model)
-        if counted is None and not shape.num_experts:
-            return None
-        return cls(shape, shape.matmul_parameters if counted is None else counted)
-
-    def model_flops(self, batch: StepBatch, loader: PackedLoader) -> int:
-        return model_flops(
-            self.shape,
-            tokens=batch.tokens,
-            sum_len_squared=batch.sum_len_squared,
-            sum_windowed=self._windowed(batch, loader),
-            matmul_parameters=self.matmul_parameters,
-        )
-
-    def _windowed(self, batch: StepBatch, loader: PackedLoader) -> int | None:
-        """Of the step's documents, whose lengths matter only where there is a window."""
-        if self.shape.window is None:
-            return None
-        samples = [loader.dataset.sample(sample) for sample in batch.samples]
-        if loader.cross_document_attention:
-            return seen_keys([sample.n_tokens for sample in samples], self.shape.window)
-        lengths = [int(length) for sample in samples for length in np.diff(sample.cu_seqlens)]
-        return seen_keys(lengths, self.shape.window)
-
-
 def train(
     trainee: Trainee,
     loader: PackedLoader,
@@ -91,7 +49,7 @@ def train(
     Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite.
     """
     timer = StepTimer(synchronize=_synchronize(trainee))
-    counted = _Counted.of(trainee.engine.module)
+    counted = StepFlops.of(trainee.engine.module)
     peaks: tuple[int, ...] = ()
     iterator = iter(loader)
     while True:
@@ -148,7 +106,7 @@ def _record(
     timer: StepTimer,
     rate: float,
     attached: Attached,
-    counted: _Counted | None,
+    counted: StepFlops | None,
     loader: PackedLoader,
 ) -> StepRecord:
     plan = trainee.plan
@@ -163,7 +121,7 @@ def _record(
         sum_len_squared=batch.sum_len_squared,
         times=timer.end_step(),
         ranks=plan.world_size,
-        model_flops=None if counted is None else counted.model_flops(batch, loader),
+        model_flops=None if counted is None else counted.of_step(batch, loader),
         peak_flops_per_rank=HARDWARE[plan.recipe.hardware.gpu].peak_flops,
         peak_device_bytes=result.peak_device_bytes,
         peak_host_rss_bytes=max(result.peak_host_rss_bytes),

@@ -1,0 +1,47 @@
+"""Model FLOPs of the steps of a run, for its MFU: of the real model, and of the documents that it really trains on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from pipeline.data.loader import PackedLoader, StepBatch
+from pipeline.model.anatomy import matmul_parameters
+from pipeline.plan.flops import model_flops, seen_keys
+from pipeline.plan.model_shape import ModelShape, shape_of
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """The model FLOPs of steps, by the planner's own function."""
+
+    shape: ModelShape
+    matmul_parameters: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "StepFlops | None":
+        """The real model's; None where neither its linear maps nor its config tell how many of its experts a token
+        meets."""
+        shape = shape_of(model.config.get_text_config().to_dict())
+        counted = shape.matmul_parameters if shape.num_experts else matmul_parameters(model)
+        return None if counted is None else cls(shape, counted)
+
+    def of_step(self, batch: StepBatch, loader: PackedLoader) -> int:
+        """Forward and backward of the whole global batch, over all ranks."""
+        return model_flops(
+            self.shape,
+            tokens=batch.tokens,
+            sum_len_squared=batch.sum_len_squared,
+            sum_windowed=self._windowed(batch, loader),
+            matmul_parameters=self.matmul_parameters,
+        )
+
+    def _windowed(self, batch: StepBatch, loader: PackedLoader) -> int | None:
+        """Of the step's documents, whose lengths matter only where there is a window."""
+        if self.shape.window is None:
+            return None
+        samples = [loader.dataset.sample(sample) for sample in batch.samples]
+        if loader.cross_document_attention:
+            return seen_keys([sample.n_tokens for sample in samples], self.shape.window)
+        lengths = [int(length) for sample in samples for length in np.diff(sample.cu_seqlens)]
+        return seen_keys(lengths, self.shape.window)
