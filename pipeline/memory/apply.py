@@ -46,12 +46,12 @@ def attach(model: PreTrainedModel, memory: MemoryRecipe, *, mlp_tile_tokens: int
     if memory.tiled_mlp is not None:
         tiled_mlp.attach(model, tile_tokens=mlp_tile_tokens)
     if memory.activation_checkpoint is not None:
-        asked = memory.activation_checkpoint
+        keep_attention, layers_per_group = memory.activation_checkpoint.resolved
         # While a group runs again, what the one before it needs is on its way: its input, its layers' outs and lses.
-        ahead = 1 + 2 * asked.layers_per_group * asked.keep_attention
-        store = HostStore(ahead=ahead) if asked.offload == "cpu" else DeviceStore()
+        ahead = 1 + 2 * layers_per_group * keep_attention
+        store = HostStore(ahead=ahead) if memory.activation_checkpoint.offload == "cpu" else DeviceStore()
         activation_checkpoint.attach(
-            model, store=store, keep_attention=asked.keep_attention, layers_per_group=asked.layers_per_group
+            model, store=store, keep_attention=keep_attention, layers_per_group=layers_per_group
         )
     kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
     tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)

@@ -17,8 +17,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("memory.tiled_mlp=null", "memory.tiled_mlp={tile_tokens: auto}"),
     (
         "memory.activation_checkpoint=null",
-        "memory.activation_checkpoint={offload: null}",
-        "memory.activation_checkpoint={offload: cpu}",
+        "memory.activation_checkpoint={offload: null, keep_attention: auto, layers_per_group: 1}",
+        "memory.activation_checkpoint={offload: cpu, keep_attention: auto, layers_per_group: auto}",
     ),
     ("zero.offload_optimizer=null", "zero.offload_optimizer=cpu"),
     ("zero.offload_parameters=null", "zero.offload_parameters=cpu"),

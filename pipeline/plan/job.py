@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError, UserError
+from pipeline.plan.auto import combinations, fastest
 from pipeline.plan.fit import longest
 from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
@@ -92,8 +93,14 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
     shape = shape or model_shape(recipe.model)
     sp = _resolve_sp(recipe, shape, recipe.hardware.nodes * recipe.hardware.gpus_per_node)
     if recipe.data.seq_len == "auto":
-        return longest(lambda seq_len: _plan_of(recipe, shape, sp, seq_len), sp=sp)
-    return _plan_of(recipe, shape, sp, recipe.data.seq_len)
+        return longest(lambda seq_len: _fastest_plan(recipe, shape, sp, seq_len), sp=sp)
+    return _fastest_plan(recipe, shape, sp, recipe.data.seq_len)
+
+
+def _fastest_plan(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPlan:
+    """The plan for samples of this length, with what is `auto` in what waits for backward as it is fastest."""
+    plans = [_plan_of(candidate, shape, sp, seq_len) for candidate in combinations(recipe)]
+    return plans[0] if len(plans) == 1 else fastest(plans)
 
 
 def _plan_of(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPlan:

@@ -146,7 +146,7 @@ class Sizes:
     def layers_per_group(self) -> int:
         """That share a checkpoint."""
         feature = self.recipe.memory.activation_checkpoint
-        return 1 if feature is None else min(feature.layers_per_group, self.shape.num_layers)
+        return 1 if feature is None else min(feature.resolved[1], self.shape.num_layers)
 
     @property
     def groups(self) -> int:
@@ -155,7 +155,7 @@ class Sizes:
     @property
     def keeps_attention(self) -> bool:
         feature = self.recipe.memory.activation_checkpoint
-        return feature is not None and feature.keep_attention
+        return feature is not None and feature.resolved[0]
 
     @property
     def parameters_offloaded(self) -> bool:

@@ -13,6 +13,7 @@ from pipeline.plan.hardware import GIB
 from pipeline.plan.job import JobPlan
 from pipeline.plan.model_shape import sizes_are_from_table
 from pipeline.plan.terms import Item, Term
+from pipeline.recipe.schema import ActivationCheckpoint
 
 
 def print_plan(plan: JobPlan) -> None:
@@ -104,6 +105,13 @@ def _seconds(estimate: Estimate) -> Table:
     return table
 
 
+def _waits(checkpoint: ActivationCheckpoint) -> str:
+    """What is kept until backward, and where."""
+    keep_attention, layers_per_group = checkpoint.resolved
+    kept = "inputs" if layers_per_group == 1 else f"the input of every {layers_per_group} layers"
+    return f"{kept}{' and attention outputs' if keep_attention else ''} on {checkpoint.offload or 'device'}"
+
+
 def _hidden(item: Item) -> str:
     """What of an item's traffic hides behind the computation."""
     hidden = -sum(part.value for part in item.terms if part.value < 0)
@@ -167,7 +175,7 @@ def print_fit(estimate: Estimate, *, chosen: bool) -> None:
     plan, load = estimate.plan, estimate.load
     memory, zero = plan.recipe.memory, plan.recipe.zero
     checkpoint = memory.activation_checkpoint
-    waits = None if checkpoint is None else f"inputs on {checkpoint.offload or 'device'}"
+    waits = None if checkpoint is None else _waits(checkpoint)
     features = [
         f"tiled loss {_on(memory.tiled_loss)}",
         f"tiled MLP {_on(memory.tiled_mlp)}",

@@ -263,10 +263,17 @@ class ActivationCheckpoint(Section):
 
     offload: Literal["cpu"] | None
     """Where what is kept waits: null is the device, cpu is host memory (ALST §3.3)."""
-    keep_attention: bool
+    keep_attention: bool | Auto
     """Keep attention's output too, as many bytes again: the kernel runs once in forward and not again."""
-    layers_per_group: Count
+    layers_per_group: Count | Auto
     """Layers that share one checkpoint: 1/k of the bytes for one more forward of the layers."""
+
+    @property
+    def resolved(self) -> tuple[bool, int]:
+        """(keep_attention, layers_per_group), as a plan has written them."""
+        assert self.keep_attention != "auto"
+        assert self.layers_per_group != "auto"
+        return self.keep_attention, self.layers_per_group
 
 
 class Allocator(Section):
