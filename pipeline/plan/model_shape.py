@@ -1,5 +1,6 @@
 """The sizes of a model, from its config.json alone: no weights, no transformers."""
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.plan.known_models import KNOWN_MODELS, Config
 from pipeline.plan.model_support import require_exact, require_supported
 from pipeline.recipe.schema import ModelRecipe
 
@@ -91,6 +93,8 @@ def model_config(model: ModelRecipe) -> dict[str, Any]:
     if model.name_or_path is None:
         return dict(model.config)
     path = _config_file(model.name_or_path, model.revision)
+    if path is None:
+        return {**_known_config(model.name_or_path), **model.config}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -107,8 +111,13 @@ def model_config(model: ModelRecipe) -> dict[str, Any]:
     return {**stored, **text, **outer, **model.config}
 
 
-def _config_file(name_or_path: str, revision: str | None) -> Path:
-    """config.json of a model folder, or of a hub model that this machine's cache holds."""
+def sizes_are_from_table(model: ModelRecipe) -> bool:
+    """Whether this machine has no config.json of the model, so that its sizes are those of `known_models`."""
+    return model.name_or_path is not None and _config_file(model.name_or_path, model.revision) is None
+
+
+def _config_file(name_or_path: str, revision: str | None) -> Path | None:
+    """config.json of a model folder, or of a hub model that this machine's cache holds; None if it has neither."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder / "config.json"
@@ -117,11 +126,19 @@ def _config_file(name_or_path: str, revision: str | None) -> Path:
     ref = hub / "refs" / (revision or "main")
     snapshot = ref.read_text().strip() if ref.is_file() else revision or ""
     found = hub / "snapshots" / snapshot / "config.json"
-    if snapshot and found.is_file():
-        return found
+    return found if snapshot and found.is_file() else None
+
+
+def _known_config(name: str) -> Config:
+    """Raises RecipeError for a model that the table has not."""
+    if name in KNOWN_MODELS:
+        return KNOWN_MODELS[name]
+    near = difflib.get_close_matches(name, KNOWN_MODELS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
     raise RecipeError(
-        f"model.name_or_path = {name_or_path!r}: neither a folder with config.json nor in the Hugging Face cache; "
-        "download it there, or correct the name"
+        f"model.name_or_path = {name!r}: neither a folder with config.json nor in the Hugging Face cache, nor among "
+        f"the models whose sizes are known here; {hint}correct the name, or fetch its config.json where there is "
+        f"internet: hf download {name} config.json"
     )
 
 
