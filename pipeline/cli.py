@@ -15,6 +15,7 @@ from pipeline.errors import AlstError
 
 if TYPE_CHECKING:
     from pipeline.launch.submit import SubmittedJob
+    from pipeline.plan.cluster import ClusterProfile
     from pipeline.plan.job import JobPlan
 
 app = typer.Typer(
@@ -122,6 +123,30 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def stage(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Whose environment and secrets file say where and with which token.")
+    ] = None,
+) -> None:
+    """On a node with internet: fetch what the recipe names on the hub into HF_HOME, where jobs find it offline."""
+    from pipeline.launch.entry import secrets_in
+    from pipeline.launch.stage import stage as stage_recipe
+    from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
+    from pipeline.plan.hub_cache import hub_cache
+    from pipeline.recipe.load import load
+
+    name = cluster or default_cluster()
+    profile = None if name == LOCAL else load_cluster(name)
+    secrets = secrets_in(Path(profile.secrets).expanduser()) if profile and profile.secrets else {}
+    cache = hub_cache(os.environ) if profile is None else profile.hub_cache()
+    token = os.environ.get("HF_TOKEN") or secrets.get("HF_TOKEN")
+    for line in stage_recipe(load(recipe, overrides=overrides or []), cache=cache, token=token):
+        typer.echo(line)
+
+
+@app.command()
 def submit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -131,30 +156,38 @@ def submit(
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes, instead of hardware.nodes.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and print everything, submit nothing.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="The same jobs, but 3 steps at 8,192 tokens; wait, and show their cost.")
+    ] = False,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
+    from pipeline.launch.rehearsal import rehearsal_of, wait_lines
     from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
     from pipeline.plan.table import print_plan
 
     name = cluster or default_cluster()
-    if name == LOCAL:
-        job = _plan(recipe, overrides, nodes=nodes)
-        print_plan(job)
+    profile = None if name == LOCAL else load_cluster(name)
+    nodes_asked = [f"hardware.nodes={nodes}"] if nodes is not None else []
+    said = [*(profile.overrides(nodes=nodes) if profile else nodes_asked), *(overrides or [])]
+    job = _plan(recipe, said, profile=profile)
+    if rehearse:
+        job = _plan(recipe, [*said, *rehearsal_of(job)], profile=profile)
+    print_plan(job)
+    if profile is None:
         if not dry_run:
             _train_here(job)
         return
     from pipeline.launch.submit import prepare, read_jobs, submit_new
 
-    profile = load_cluster(name)
-    job = _plan(recipe, [*profile.overrides(nodes=nodes), *(overrides or [])])
-    print_plan(job)
     run_dir = prepare(job, profile) if dry_run else submit_new(job, profile)
     typer.echo(f"run folder: {run_dir.path}")
     if dry_run:
         for text in sorted(run_dir.slurm.glob("*.sbatch")):
             typer.echo(f"\n# {text}\n{text.read_text()}")
-    else:
-        _tell_jobs(read_jobs(run_dir))
+        return
+    _tell_jobs(read_jobs(run_dir))
+    for line in wait_lines(run_dir) if rehearse else ():
+        typer.echo(line)
 
 
 @app.command()
@@ -312,14 +345,25 @@ def models(
     print_models(found)
 
 
-def _plan(recipe: str, overrides: list[str] | None, *, nodes: int | None = None) -> "JobPlan":
+def _plan(
+    recipe: str,
+    overrides: list[str] | None,
+    *,
+    nodes: int | None = None,
+    profile: "ClusterProfile | None" = None,
+) -> "JobPlan":
+    """With a profile the commits of what is staged stand in the plan, so that all its jobs use the same."""
+    from pipeline.plan.hub_cache import pinned
     from pipeline.plan.job import plan_job
     from pipeline.recipe.load import load
 
     asked = list(overrides or [])
     if nodes is not None:
         asked.append(f"hardware.nodes={nodes}")
-    return plan_job(load(recipe, overrides=asked))
+    loaded = load(recipe, overrides=asked)
+    if profile is not None:
+        loaded = pinned(loaded, profile.hub_cache())
+    return plan_job(loaded)
 
 
 def _train_here(job: "JobPlan") -> None:

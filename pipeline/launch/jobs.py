@@ -14,12 +14,6 @@ from pipeline.plan.environment import Variable, environment
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
 
-PASSED_ON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "MODULEPATH")
-"""Of the environment that submits: enough for a shell and its modules. All else stays, secrets first of all."""
-
-PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS")
-"""Where things lie; the same for the one who submits and for the job."""
-
 CHECK_MINUTES = 10  # short jobs start sooner; most of it is the import of torch from a cold disk
 
 RENDEZVOUS = (
@@ -122,7 +116,7 @@ def _options(asked: JobOptions) -> dict[str, OptionValue]:
     }
     options: dict[str, OptionValue] = {name: value for name, value in named.items() if value is not None}
     options["requeue"] = True  # a node that fails costs the steps since the last checkpoint, and no person's time
-    options["export"] = ",".join([*PASSED_ON, *PASSED_ON_BY_NAME])
+    options["export"] = "ALL"  # of the few variables that `submitting_environment` leaves
     return options | {name.replace("_", "-"): value for name, value in asked.extra.items() if value is not False}
 
 
@@ -143,6 +137,8 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
 
 def _setup(profile: ClusterProfile) -> list[str]:
     lines = [f"umask {profile.umask}"] if profile.umask else []
+    if profile.modules:
+        lines.append("type module &> /dev/null || source /etc/profile  # a job's shell is no login shell")
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
     return lines + list(profile.setup)
 

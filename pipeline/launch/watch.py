@@ -8,12 +8,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.launch.slurm import ask
+from pipeline.launch.slurm import ask, seconds_of
 from pipeline.launch.submit import SubmittedJob, read_jobs
 from pipeline.plan.run_dir import RunDir
 
@@ -81,19 +82,18 @@ def cancel(run_dir: RunDir) -> list[str]:
     return living
 
 
-def last_step(run_dir: RunDir) -> dict[str, Any] | None:
-    """The newest whole row of metrics.jsonl."""
+def steps_done(run_dir: RunDir) -> list[dict[str, Any]]:
+    """The whole rows of metrics.jsonl by step; of a step done again, the last."""
     try:
         lines = run_dir.metrics.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue  # being written
-        return row
-    return None
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        with suppress(ValueError):  # being written
+            row = json.loads(line)
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def first_failure(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
@@ -156,7 +156,7 @@ def _state(job: SubmittedJob, queued: dict[str, list[str]], ended: dict[str, lis
     if job.id in queued:
         state, reason, left = queued[job.id]
         waits = reason if reason not in ("None", "") else ""
-        return JobState(job, state, waits, True, _seconds(left) if state == "RUNNING" else None, restarts)
+        return JobState(job, state, waits, True, seconds_of(left) if state == "RUNNING" else None, restarts)
     if job.id in ended:
         state, code, elapsed = ended[job.id]
         return JobState(
@@ -195,15 +195,3 @@ def _by_job(rows: str, *, most_telling: str = "", least_telling: str = "") -> di
         if job not in found or fields[0] == most_telling or found[job][0] == least_telling:
             found[job] = fields
     return found
-
-
-def _seconds(left: str) -> int | None:
-    """Of `1-02:03:04`, `02:03:04`, `03:04`; None for UNLIMITED and the like."""
-    days, _, clock = left.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in (days or "0", *parts)):
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return int(days or 0) * 86400 + seconds

@@ -123,7 +123,7 @@ REFUSED = [
         ["plan", "tiny", "model.name_or_path=."], ["'.'", "config.json", "give a model folder"], id="no config"
     ),
     pytest.param(
-        ["plan", "tiny", "model.name_or_path=no/body"], ["'no/body'", "neither", "download it"], id="no model"
+        ["plan", "tiny", "model.name_or_path=no/body"], ["'no/body'", "neither", "hf download"], id="no model"
     ),
     pytest.param(["run", "absent.json", "--stage", "train"], ["absent.json", "not a plan", "make one"], id="no plan"),
     pytest.param(["inspect", "absent"], ["absent", "not a packed data set", "make it with"], id="no packed data"),

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.launch.entry import read_secrets
-from pipeline.launch.jobs import PASSED_ON, PASSED_ON_BY_NAME
+from pipeline.launch.slurm import PASSED_ON, PASSED_ON_BY_NAME, submitting_environment
 from pipeline.launch.submit import prepare
 from pipeline.plan.cluster import SECRET_NAME, ClusterProfile, load_cluster
 from pipeline.plan.job import JobPlan, plan_job, read_plan
@@ -169,6 +169,18 @@ def test_what_is_passed_on_names_no_secret():
     assert [name for name in (*PASSED_ON, *PASSED_ON_BY_NAME) if SECRET_NAME.search(name)] == []
 
 
+def test_sbatch_is_called_with_little_and_jobs_get_no_more(monkeypatch):
+    """A list of names would have Slurm add what the login shell sets on the node, where tokens are set as well."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "SLURM_JOB_ID", "SOME_SETTING"):
+        monkeypatch.setenv(name, CANARY)
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    found = submitting_environment()
+    assert CANARY not in found.values()
+    assert found["SBATCH_ACCOUNT"] == "mine"
+    _, pack, train = texts(load_cluster("default"))
+    assert {options(text)["export"] for text in (pack, train)} == {"ALL"}
+
+
 def test_secrets_are_read_from_a_file_that_only_its_owner_can_read(tmp_path, monkeypatch):
     path = tmp_path / "secrets"
     path.write_text(f"# for gated models\nHF_TOKEN={CANARY}=x\n\n")
@@ -206,7 +218,8 @@ def test_a_template_asks_for_what_submit_asks_for(stage):
     run_dir = prepare(plan_for(profile, nodes=4), profile)
     written, template = run_dir.sbatch(stage).read_text(), (ROOT / "slurm" / f"{stage}.sbatch").read_text()
     written_options = {key: value for key, value in options(written).items() if key not in RUN_SPECIFIC | SUBMITITS_OWN}
-    assert options(template) == written_options
+    # By hand nobody has taken the rest out of the environment that sbatch is called in.
+    assert options(template) == written_options | {"export": ",".join([*PASSED_ON, *PASSED_ON_BY_NAME])}
     here = {"OMP_NUM_THREADS": '"$SLURM_CPUS_PER_TASK"', "PYTHONPATH": '"$RUN/code"'}
     there = {"OMP_NUM_THREADS": options(written)["cpus-per-task"], "PYTHONPATH": str(run_dir.code)}
     table = {name: value for name, value in exports(written).items() if name != "SUBMITIT_EXECUTOR"}
