@@ -292,6 +292,8 @@ class LocalCluster:
             )
         )
         self.ask("sacctmgr", "-i", "add", "cluster", "local")
+        self.ask("sacctmgr", "-i", "add", "account", "everyone")
+        self.ask("sacctmgr", "-i", "add", "user", _me(), "account=everyone", "defaultaccount=everyone")
 
 
 _CREATE_DATABASE = (
@@ -316,6 +318,7 @@ StorageLoc=slurm_acct_db
 """
 
 # cred_expire: a requeued job starts after it has passed once; the default of two minutes is long to wait for.
+# AccountingStorageEnforce: as on most shared clusters; there are no limits until somebody sets one with sacctmgr.
 # AccountingStoragePass: clients of slurmdbd look for munge's socket here, not in AuthInfo.
 # proctrack/linuxproc: works for root and for others alike and leaves no cgroup folders behind.
 _SLURM_CONF = """\
@@ -358,6 +361,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={accounting}
 AccountingStoragePass={munge}
 AccountingStoreFlags=job_comment,job_env,job_script
+AccountingStorageEnforce=associations,limits,qos
 GresTypes=gpu
 {nodes}
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO

@@ -106,6 +106,11 @@ def test_an_ordinary_user_can_have_one(programs, folder):
         assert started.returncode == 0, started.stderr
         pids = [daemon["pid"] for daemon in json.loads((home / "daemons.json").read_text())]
         assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids} == {user.pw_uid}
+        ran = subprocess.run(
+            ["srun", "-N4", "id", "-un"], user=user.pw_uid, group=user.pw_gid, extra_groups=[], cwd=folder,
+            env=LocalCluster(home).environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert ran.stdout.split() == [ANYONE] * 4, ran.stderr
     finally:
         ended = call("down")
     assert ended.returncode == 0, ended.stderr

@@ -1,6 +1,8 @@
 """What would fail on the cluster is said before it is in the queue; and a cluster is tried before it is used."""
 
+import getpass
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,8 +17,19 @@ pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
         ({"train": {"partition": "gpus"}}, ["train.partition = gpus", "use one of cpu, gpu"]),
         ({"train": {"cpus_per_task": 99}}, ["train job", "not available", "`train:`"]),
         ({"pack": {"mem": "900T"}}, ["tokenize job", "`pack:`"]),
+        ({"train": {"account": "nobodys"}}, ["train job", "Invalid account", "`train:`"]),
+        ({"train": {"qos": "best"}}, ["train job", "Invalid qos", "`train:`"]),
         ({"shared": ["/nowhere"]}, ["not shared with the nodes", "ALST_RUNS", "/nowhere"]),
+        ({"shared": ["/", "/nowhere"]}, ["shared = /nowhere", "no such folder here", "mount it"]),
         ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "no such file"]),
+        (
+            {"container": {"image": __file__, "binds": ["/tmp", "/nowhere:/data:ro"]}},
+            ["container.binds = /nowhere:/data:ro", "/nowhere is not there", "mount it"],
+        ),
+        (
+            {"pack": {"tasks": 1500}, "max_array_size": 2000},
+            ["pack.tasks = 1500", "less than this cluster's MaxArraySize = 1001", "use 1000"],
+        ),
         ({"secrets": "/no/secrets"}, ["secrets = /no/secrets", "mode 0600"]),
         ({"group": "no-such-group"}, ["group = no-such-group", "member of"]),
     ],
@@ -31,6 +44,51 @@ def test_what_cannot_run_is_refused_before_it_is_in_the_queue(user, profile, cha
     assert "Traceback" not in printed
     assert user.cluster.ask("squeue", "-h") == ""
     assert {path.name for path in (user.folder / "runs").glob("job-*")} == before
+
+
+@pytest.fixture
+def limits(cluster) -> Iterator[None]:
+    """A partition of ten minutes, and an account and a qos that allow two jobs; gone afterwards."""
+    me = getpass.getuser()
+
+    cluster.ask("scontrol", "update", "PartitionName=cpu", "MaxTime=10")
+    cluster.ask("sacctmgr", "-i", "add", "account", "small")
+    cluster.ask("sacctmgr", "-i", "add", "user", me, "account=small", "MaxSubmitJobs=2", "MaxWall=15")
+    cluster.ask("sacctmgr", "-i", "add", "qos", "short", "set", "MaxWall=5", "MaxSubmitJobsPerUser=3")
+    cluster.ask("sacctmgr", "-i", "modify", "user", me, "set", "QOS+=short")
+    try:
+        yield
+    finally:
+        cluster.ask("scontrol", "update", "PartitionName=cpu", "MaxTime=INFINITE")
+        cluster.ask("sacctmgr", "-i", "delete", "user", me, "account=small")
+        cluster.ask("sacctmgr", "-i", "modify", "user", me, "set", "QOS=normal")
+
+
+def test_what_would_wait_for_ever_or_be_taken_in_part_is_refused(user, profile, limits):
+    """Slurm itself takes the first three, and leaves them in the queue."""
+    brief = {"pack": {"time": "00:05:00"}, "train": {"time": "00:05:00"}}
+    for changes, told in (
+        ({}, ["pack.time is 30 minutes", "MaxTime of partition cpu is 10", "never start"]),
+        (
+            {"pack": brief["pack"] | {"account": "small"}, "train": {"account": "small"}},
+            ["train.time is 30 minutes", "MaxWall of account small is 15"],
+        ),
+        ({"pack": brief["pack"], "train": {"qos": "short"}}, ["train.time is 30", "MaxWall of qos short is 5"]),
+        (
+            {name: asked | {"account": "small"} for name, asked in brief.items()},
+            ["6 jobs to submit and 0 in the queue", "MaxSubmitJobs of account small is 2", "pack.tasks"],
+        ),
+        (
+            {name: asked | {"qos": "short"} for name, asked in brief.items()},
+            ["6 jobs to submit", "MaxSubmitJobsPerUser of qos short is 3"],
+        ),
+    ):
+        printed = user.alst(
+            "submit", str(user.recipe), "--cluster", profile(**changes), "--nodes", "1", "data.seed=2", code=2
+        )
+        for words in told:
+            assert words in printed
+    assert user.cluster.ask("squeue", "-h") == ""
 
 
 def test_without_a_controller_that_answers_there_is_one_message(user, tmp_path):
