@@ -44,7 +44,7 @@ def check_staged(recipe: Recipe, profile: ClusterProfile) -> None:
     for need in hub_needs(recipe):
         _check_shared(profile, "Hugging Face's cache", cache, remedy="set HF_HOME to a folder")
         if (trouble := missing_from(cache, need)) is not None:
-            raise UserError(f"{need}: {trouble}; run `alst stage {recipe.name}` on a node with internet")
+            raise UserError(f"{need}: {trouble}; run `alst stage` with this recipe on a node with internet")
 
 
 def check_limits(jobs: tuple[JobRequest, ...]) -> None:

@@ -107,7 +107,8 @@ def test_a_check_of_a_cluster_says_what_its_ranks_see(user):
     assert re.search(r"all-reduce of 4 MiB over gloo: [\d.]+ ms, bus bandwidth [\d.]+ GB/s", printed)
 
 
-def test_a_check_of_a_cluster_where_python_does_not_start_says_where_to_look(user, profile):
-    printed = user.alst("cluster", "check", profile(setup=["exit 9"]), "--nodes", "1", code=1)
-    assert re.search(r"job \d+: FAILED: exit code 9 .*; see .*/slurm", printed)
+def test_a_check_of_a_cluster_where_python_does_not_start_says_what_the_job_said_last(user, profile):
+    setup = ["echo lmod: no cuda/99 here >&2", "exit 9"]
+    printed = user.alst("cluster", "check", profile(setup=setup), "--nodes", "1", code=1)
+    assert re.search(r"job \d+: FAILED: lmod: no cuda/99 here; see .*/slurm/\d+_0_log.err", printed)
     assert "Traceback" not in printed

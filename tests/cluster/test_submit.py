@@ -1,6 +1,8 @@
 """`alst submit` on a real Slurm: what was asked for is what is trained, and nothing is lost or left behind."""
 
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,12 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from slurm.local_cluster import free_ports
+from slurm.local_cluster import free_ports, search_path
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
 TWO_RANKS = "hardware.gpus_per_node=1"
 CANARY = "canary-77c0ffee"
 SHORT = ("train.steps=2", "checkpoint.every_steps=null")
+
+SAID_BY_SLURM = (
+    ("scontrol", "show", "job", "--details"),
+    ("squeue", "--states=all", "--format=%all", "--job"),
+)
+"""Of a job that has ended; the number comes last."""
 
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
 
@@ -85,6 +93,8 @@ def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profi
     for job in jobs(run).values():
         kept += [user.cluster.ask("sacct", "-j", job, what).encode() for what in ("--env-vars", "--batch-script")]
         assert b"HOME=" in kept[-2] and b"srun" in kept[-1], "the accounting keeps both"
+        kept += [user.cluster.ask(*words, job).encode() for words in SAID_BY_SLURM]
+        assert f"JobId={job}".encode() in kept[-2]
     assert not any(CANARY.encode() in content for content in kept)
     assert losses(run) == user.train_here("hardware.gpus_per_node=8", *SHORT)
 
@@ -105,9 +115,16 @@ def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, 
     run = user.submit("--nodes", "2", TWO_RANKS)
     assert list(jobs(run)) == ["train"], "the packed data is there already"
     user.wait(lambda: len(losses(run)) >= 3, run)
+    assert re.search(
+        r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", user.alst("status", run.name)
+    )
+    follower = user.start("logs", run.name, "--rank", "0", "--follow")
     user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
     user.wait_for_end(run)
     assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
+    followed, _ = follower.communicate(timeout=WAIT_SECONDS)
+    assert follower.returncode == 0
+    assert "step 1/8" in followed and "resumed from step-00000" in followed and "step 8/8" in followed
     log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
     assert "resumed from step-00000" in log.read_text()
     assert losses(run) == two_ranks
@@ -165,7 +182,7 @@ def test_the_templates_do_the_same_by_hand(user, two_ranks):
     assert losses(run) == two_ranks, told(run) + (run / "job.out").read_text()
 
 
-def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_alive(user):
+def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_alive(user, tmp_path):
     run = user.submit("--nodes", "2", TWO_RANKS)
     user.wait(lambda: len(losses(run)) >= 1, run)
     (pid,) = user.cluster.job_processes(rank=1)
@@ -176,3 +193,6 @@ def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_
     assert f"train  job {jobs(run)['train']}: FAILED" in status
     assert "RUNNING" not in status
     user.wait(lambda: user.cluster.job_processes() == [], run)
+    (tmp_path / "squeue").symlink_to(shutil.which("squeue", path=search_path()))
+    status = user.alst("status", run.name, PATH=str(tmp_path))
+    assert "UNKNOWN (it has left the queue, and sacct is not on the PATH: install it; see logs/ and slurm/)" in status

@@ -168,16 +168,18 @@ def test_a_node_without_internet_is_told_of(cache, monkeypatch):
 
 
 def test_a_file_that_is_missing_or_cut_short_is_named_before_submission(hub, cache):
-    with pytest.raises(UserError, match=r"^model.name_or_path = .*has not been staged; run `alst stage llama8b` on a"):
+    with pytest.raises(
+        UserError, match=r"^model.name_or_path = .*has not been staged; run `alst stage` with this recipe"
+    ):
         check_staged(recipe(), profile())
     list(stage(recipe(), cache=cache))
     check_staged(recipe(), profile())
     shard = cache / "models--org--model" / "snapshots" / hub.repositories[MODEL].commit / INDEX["weight_map"]["b"]
     shard.resolve().write_bytes(b"2" * 499)
-    with pytest.raises(UserError, match=r"00002-of-00002.safetensors has 499 bytes, not 500; run `alst stage"):
+    with pytest.raises(UserError, match=r"00002-of-00002.safetensors has 499 bytes, not 500; run `alst stage`"):
         check_staged(recipe(), profile())
     shard.unlink()
-    with pytest.raises(UserError, match=r"00002-of-00002.safetensors is not there; run `alst stage"):
+    with pytest.raises(UserError, match=r"00002-of-00002.safetensors is not there; run `alst stage`"):
         check_staged(recipe(), profile())
 
 
