@@ -11,6 +11,7 @@ from typing import Literal
 from pipeline.launch.entry import Stage
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
 from pipeline.plan.environment import Variable, environment
+from pipeline.plan.hub_cache import hub_needs
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
 
@@ -130,6 +131,9 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
         Variable("SLURM_EXPORT_ENV", "ALL", "srun would pass on only what sbatch was asked to"),
         *profile.variables(),
     ]
+    if hub_needs(plan.recipe):
+        cache = str(profile.hub_cache())
+        table.append(Variable("HF_HUB_CACHE", cache, "where `alst stage` put model, tokenizer and data"))
     if profile.secrets is not None:
         table.append(Variable("ALST_SECRETS", profile.secrets, "each task reads this file itself"))
     return tuple({variable.name: variable for variable in table}.values())

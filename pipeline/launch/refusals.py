@@ -92,23 +92,10 @@ def _check_folders(profile: ClusterProfile) -> None:
     for folder in profile.shared or ():
         if not Path(folder).is_dir():
             raise UserError(f"shared = {folder}: no such folder here; mount it, or take it out of the profile")
-    if profile.container is None:
-        return
-    if not Path(profile.container.image).is_file():
+    if profile.container is not None and not Path(profile.container.image).is_file():
         raise UserError(
             f"container.image = {profile.container.image}: no such file here; build or copy it, or correct the path"
         )
-    for bind in profile.container.binds:
-        source = Path(bind.partition(":")[0])
-        if _is_seen_here(source, profile) and not source.exists():
-            raise UserError(f"container.binds = {bind}: {source} is not there; mount it, or correct the profile")
-
-
-def _is_seen_here(path: Path, profile: ClusterProfile) -> bool:
-    """Whether what lies on the nodes under this path lies here as well."""
-    if profile.scratch is not None and path.is_relative_to(profile.scratch):
-        return False
-    return profile.shared is None or any(path.is_relative_to(folder) for folder in profile.shared)
 
 
 # Limits

@@ -17,6 +17,9 @@ PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS")
 FOR_SBATCH = ("SLURM_CONF", "SBATCH_")
 """What sbatch itself reads: where Slurm is, and a person's own defaults, such as SBATCH_ACCOUNT."""
 
+NOT_FOR_SBATCH = ("SBATCH_EXPORT", "SBATCH_GET_USER_ENV")
+"""They would have their way over `--export=ALL`."""
+
 
 def ask(
     *command: str, text: str | None = None, environment: Mapping[str, str] | None = None
@@ -44,7 +47,11 @@ def submitting_environment() -> dict[str, str]:
     With a list of names there, or with none, Slurm adds what the user's login shell sets on the node, tokens included.
     """
     names = {*PASSED_ON, *PASSED_ON_BY_NAME}
-    return {name: value for name, value in os.environ.items() if name in names or name.startswith(FOR_SBATCH)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in names or (name.startswith(FOR_SBATCH) and name not in NOT_FOR_SBATCH)
+    }
 
 
 def seconds_of(clock: str) -> int | None:

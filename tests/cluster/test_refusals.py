@@ -23,10 +23,6 @@ pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
         ({"shared": ["/", "/nowhere"]}, ["shared = /nowhere", "no such folder here", "mount it"]),
         ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "no such file"]),
         (
-            {"container": {"image": __file__, "binds": ["/tmp", "/nowhere:/data:ro"]}},
-            ["container.binds = /nowhere:/data:ro", "/nowhere is not there", "mount it"],
-        ),
-        (
             {"pack": {"tasks": 1500}, "max_array_size": 2000},
             ["pack.tasks = 1500", "less than this cluster's MaxArraySize = 1001", "use 1000"],
         ),

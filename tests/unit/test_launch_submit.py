@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.launch.entry import read_secrets
+from pipeline.launch.rehearsal import rehearsal_of
 from pipeline.launch.slurm import PASSED_ON, PASSED_ON_BY_NAME, submitting_environment
 from pipeline.launch.submit import prepare
 from pipeline.plan.cluster import SECRET_NAME, ClusterProfile, load_cluster
@@ -155,6 +156,22 @@ def test_a_packed_data_set_that_is_whole_is_not_packed_again():
     assert "dependency" not in options(again.sbatch("train").read_text())
 
 
+# Rehearsals
+
+
+@pytest.mark.parametrize(("heads", "gpus", "seq_len"), [(4, 2, 8192), (6, 6, 8196)])
+def test_a_rehearsal_is_short_on_the_same_ranks_and_keeps_nothing(heads, gpus, seq_len):
+    said = [f"hardware.gpus_per_node={gpus}", "hardware.nodes=4", "data.seq_len=65532", "evaluation.samples=2"]
+    said += [f"model.config.{name}={heads}" for name in ("num_attention_heads", "num_key_value_heads")]
+    said += ["model.config.hidden_size=48", "train.self_check=null"]
+    plan = plan_job(load("tiny", overrides=said))
+    rehearsal = plan_job(load("tiny", overrides=[*said, *rehearsal_of(plan)]))
+    assert (rehearsal.nodes, rehearsal.dp, rehearsal.sp) == (plan.nodes, plan.dp, plan.sp)
+    assert (rehearsal.seq_len, rehearsal.recipe.train.steps) == (seq_len, 3)
+    assert rehearsal.recipe.checkpoint is rehearsal.recipe.evaluation is None
+    assert rehearsal.recipe.name == "tiny-rehearsal"
+
+
 # Secrets
 
 
@@ -171,7 +188,7 @@ def test_what_is_passed_on_names_no_secret():
 
 def test_sbatch_is_called_with_little_and_jobs_get_no_more(monkeypatch):
     """A list of names would have Slurm add what the login shell sets on the node, where tokens are set as well."""
-    for name in ("HF_TOKEN", "WANDB_API_KEY", "SLURM_JOB_ID", "SOME_SETTING"):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "SLURM_JOB_ID", "SOME_SETTING", "SBATCH_EXPORT"):
         monkeypatch.setenv(name, CANARY)
     monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
     found = submitting_environment()
