@@ -20,7 +20,9 @@ CHECK_MINUTES = 10  # short jobs start sooner; most of it is the import of torch
 RENDEZVOUS = (
     "# The batch script runs on the first node: rank 0 will listen there, where Slurm itself reaches it.",
     'export MASTER_ADDR="$(scontrol show node "$SLURMD_NODENAME" | sed -n \'s/.*NodeAddr=\\([^ ]*\\).*/\\1/p\')"',
-    'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"',
+    "# Below the ports that the kernel gives out; drawn, because jobs of two clusters may have one number.",
+    'export MASTER_PORT="$((20000 + RANDOM % 12000))"',
+    'while (exec 3<> "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do MASTER_PORT="$((MASTER_PORT + 1))"; done',
 )
 
 

@@ -103,8 +103,23 @@ def test_a_check_of_a_cluster_says_what_its_ranks_see(user):
     assert re.search(r"all-reduce of 4 MiB over gloo: [\d.]+ ms, bus bandwidth [\d.]+ GB/s", printed)
 
 
-def test_a_check_of_a_cluster_where_python_does_not_start_says_what_the_job_said_last(user, profile):
-    setup = ["echo lmod: no cuda/99 here >&2", "exit 9"]
+@pytest.mark.parametrize(
+    ("setup", "told", "status"),
+    [
+        (
+            ["echo lmod: no cuda/99 here >&2", "exit 9"],
+            r"job \d+: FAILED: lmod: no cuda/99 here; see .*/slurm/\d+_0_log.err",
+            "check failed: lmod: no cuda/99 here",
+        ),
+        (
+            ["exit 9"],
+            r"job \d+: FAILED: exit code 9 .*; see .*/slurm",
+            "the nodes do not see that folder: set ALST_RUNS",
+        ),
+    ],
+)
+def test_a_check_where_python_does_not_start_says_what_the_job_said_last(user, profile, setup, told, status):
     printed = user.alst("cluster", "check", profile(setup=setup), "--nodes", "1", code=1)
-    assert re.search(r"job \d+: FAILED: lmod: no cuda/99 here; see .*/slurm/\d+_0_log.err", printed)
+    assert re.search(told, printed)
     assert "Traceback" not in printed
+    assert status in user.alst("status", re.search(r"nodes: (\S+)", printed)[1])

@@ -22,11 +22,13 @@ TWO_RANKS = "hardware.gpus_per_node=1"
 CANARY = "canary-77c0ffee"
 SHORT = ("train.steps=2", "checkpoint.every_steps=null")
 
-SAID_BY_SLURM = (
-    ("scontrol", "show", "job", "--details"),
-    ("squeue", "--states=all", "--format=%all", "--job"),
-)
-"""Of a job that has ended; the number comes last."""
+KEPT_BY_SLURM = {
+    ("sacct", "--env-vars", "-j"): "HOME=",
+    ("sacct", "--batch-script", "-j"): "srun",
+    ("scontrol", "show", "job", "--details"): "JobState=COMPLETED",
+    ("squeue", "--states=all", "--format=%all", "--job"): "COMPLETED",
+}
+"""What is asked of a job that has ended, whose number comes last, and a word of the answer."""
 
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
 
@@ -89,13 +91,14 @@ def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profi
     with closing(sqlite3.connect(database)) as connection:
         tracked = connection.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
     assert tracked == list(enumerate(losses(run), start=1))
-    kept = [path.read_bytes() for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
+    files = [path for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
+    kept = {str(path): path.read_bytes() for path in files}
     for job in jobs(run).values():
-        kept += [user.cluster.ask("sacct", "-j", job, what).encode() for what in ("--env-vars", "--batch-script")]
-        assert b"HOME=" in kept[-2] and b"srun" in kept[-1], "the accounting keeps both"
-        kept += [user.cluster.ask(*words, job).encode() for words in SAID_BY_SLURM]
-        assert f"JobId={job}".encode() in kept[-2]
-    assert not any(CANARY.encode() in content for content in kept)
+        said = {words: user.cluster.ask(*words, job) for words in KEPT_BY_SLURM}
+        for words, expected in KEPT_BY_SLURM.items():
+            assert expected in said[words], (words, job)
+        kept |= {f"{words} {job}": text.encode() for words, text in said.items()}
+    assert [place for place, content in kept.items() if CANARY.encode() in content] == []
     assert losses(run) == user.train_here("hardware.gpus_per_node=8", *SHORT)
 
 

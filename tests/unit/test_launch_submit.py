@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shlex
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.launch.entry import read_secrets
+from pipeline.launch.jobs import RENDEZVOUS
 from pipeline.launch.rehearsal import rehearsal_of
 from pipeline.launch.slurm import PASSED_ON, PASSED_ON_BY_NAME, submitting_environment
 from pipeline.launch.submit import prepare
@@ -245,6 +248,19 @@ def test_a_template_asks_for_what_submit_asks_for(stage):
     container = re.search(r'^# PYTHON="(.*)"$', template, re.MULTILINE)[1]
     container = container.replace('$(dirname "$RUN")', str(run_dir.root))
     assert f" {container} -u" in written
+    assert all(line in template for line in RENDEZVOUS) is (stage == "train")
+
+
+def test_rank_0_listens_on_a_port_that_nobody_has(monkeypatch):
+    """Also where another job of another cluster was given the first choice."""
+    monkeypatch.setenv("PATH", os.defpath)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        lines = [line.replace("$((20000 + RANDOM % 12000))", str(taken)) for line in RENDEZVOUS[-2:]]
+        assert str(taken) in lines[0]
+        script = "\n".join(["MASTER_ADDR=127.0.0.1", *lines, 'echo "$MASTER_PORT"'])
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) > taken
 
 
 def test_the_profile_of_a_run_lies_in_its_folder():
