@@ -45,10 +45,6 @@ class _Executor(SlurmExecutor):
     def affinity(cls) -> int:
         return 2
 
-    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        variables = [f"{name}={value}" for name, value in submitting_environment().items()]
-        return ["env", "-i", *variables, "sbatch", str(submission_file_path)]
-
     def text(self, *, array_tasks: int = 1) -> str:
         """What would be handed to sbatch."""
         if array_tasks > 1:
@@ -116,7 +112,8 @@ def submit(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> list[SubmittedJob]:
     try:
         for job in jobs:
             executor = _executor(job, run_dir, after=submitted[-1].id if submitted else None)
-            submitted.append(SubmittedJob(job.stage, _handed(executor, job, run_dir), time.time()))
+            with _only_what_jobs_get():
+                submitted.append(SubmittedJob(job.stage, _handed(executor, job, run_dir), time.time()))
     except Exception as error:
         if submitted:
             ask("scancel", *(job.id for job in submitted))
@@ -194,6 +191,19 @@ def _give_to_group(run_dir: RunDir, group: str) -> None:
         Path(folder).chmod(Path(folder).stat().st_mode | stat.S_ISGID)
         for name in files:
             shutil.chown(Path(folder) / name, group=group)
+
+
+@contextmanager
+def _only_what_jobs_get() -> Iterator[None]:
+    """submitit calls sbatch in this process's environment, for arrays from an executor of its own."""
+    before, less = dict(os.environ), submitting_environment()
+    try:
+        os.environ.clear()
+        os.environ.update(less)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
