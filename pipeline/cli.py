@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.launch.submit import SubmittedJob
     from pipeline.plan.cluster import ClusterProfile
     from pipeline.plan.job import JobPlan
+    from pipeline.plan.run_dir import RunDir
 
 app = typer.Typer(
     name="alst",
@@ -162,6 +163,8 @@ def submit(
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.launch.rehearsal import rehearsal_of, wait_lines
+    from pipeline.launch.seen import seen_lines
+    from pipeline.launch.watch import steps_done
     from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
     from pipeline.plan.table import print_plan
 
@@ -175,7 +178,9 @@ def submit(
     print_plan(job)
     if profile is None:
         if not dry_run:
-            _train_here(job)
+            run_dir = _train_here(job)
+            for line in seen_lines(steps_done(run_dir)) if rehearse else ():
+                typer.echo(line)
         return
     from pipeline.launch.submit import prepare, read_jobs, submit_new
 
@@ -366,7 +371,7 @@ def _plan(
     return plan_job(loaded)
 
 
-def _train_here(job: "JobPlan") -> None:
+def _train_here(job: "JobPlan") -> "RunDir":
     from pipeline.launch.local import check_one_node, run_local
     from pipeline.launch.snapshot import take_snapshot
     from pipeline.plan.run_dir import create_run_dir
@@ -376,6 +381,7 @@ def _train_here(job: "JobPlan") -> None:
     take_snapshot(run_dir)
     typer.echo(f"run folder: {run_dir.path}")
     run_local(job, run_dir)
+    return run_dir
 
 
 def _tell_jobs(submitted: "Sequence[SubmittedJob]") -> None:

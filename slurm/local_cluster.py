@@ -151,10 +151,15 @@ class LocalCluster:
                     found.append(int(folder.name))
         return found
 
-    def ask(self, *command: str) -> str:
+    def ask(self, *command: str, timeout_seconds: float = 60) -> str:
         """What one of Slurm's commands prints; nothing if it fails."""
         done = subprocess.run(
-            command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60, check=False
+            command,
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
         )
         return done.stdout
 

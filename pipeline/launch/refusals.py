@@ -58,7 +58,7 @@ def check_limits(jobs: tuple[JobRequest, ...]) -> None:
             )
         for seconds, where in _time_limits(job, limits):
             _check_time(job, seconds, where)
-    for (account, quality), number in _numbers(jobs).items():
+    for (account, quality), number in _numbers(jobs, limits).items():
         for most, where in _submit_limits(account, quality, limits):
             _check_number(number, most, where)
 
@@ -109,7 +109,7 @@ class _Limits:
     partitions: dict[str, Fields]
     accounts: dict[str | None, Fields]
     """This user's associations; None is the account that is taken where none is named."""
-    qualities: dict[str | None, Fields]
+    qualities: dict[str, Fields]
 
 
 def _limits() -> _Limits:
@@ -133,10 +133,9 @@ def _partitions() -> dict[str, Fields]:
 
 def _accounts(cluster: str) -> dict[str | None, Fields]:
     me = f"user={getpass.getuser()}"
-    found: dict[str | None, Fields] = {
-        row["Account"]: row
-        for row in _rows("assoc", "Account", "MaxSubmitJobs", "MaxWall", of=(me, f"cluster={cluster}"))
-    }
+    names = ("Account", "Partition", "DefaultQOS", "MaxSubmitJobs", "MaxWall")
+    rows = _rows("assoc", *names, of=(me, f"cluster={cluster}"))
+    found: dict[str | None, Fields] = {row["Account"]: row for row in rows if not row["Partition"]}
     for row in _rows("user", "DefaultAccount", of=(me,)):
         found[None] = found.get(row["DefaultAccount"], {})
     return found
@@ -172,7 +171,7 @@ def _time_limits(job: JobRequest, limits: _Limits) -> Iterator[tuple[int, str]]:
     if finite and len(finite) == len(of_partitions):
         name = max(finite, key=lambda name: finite[name])
         yield finite[name], f"MaxTime of partition {name}"
-    account, quality = _asked(job, "account"), _asked(job, "qos")
+    account, quality = _charged(job, limits)
     for fields, where in (
         (limits.accounts.get(account, {}), f"MaxWall of account {account or 'by default'}"),
         (limits.qualities.get(quality, {}), f"MaxWall of qos {quality}"),
@@ -189,15 +188,21 @@ def _check_time(job: JobRequest, limit: int, where: str) -> None:
         )
 
 
-def _numbers(jobs: tuple[JobRequest, ...]) -> Counter[tuple[str | None, str | None]]:
+def _charged(job: JobRequest, limits: _Limits) -> tuple[str | None, str]:
+    """The account and the qos of a job; the account is None, and the qos the account's, where none is named."""
+    account = _asked(job, "account")
+    return account, _asked(job, "qos") or limits.accounts.get(account, {}).get("DefaultQOS") or "normal"
+
+
+def _numbers(jobs: tuple[JobRequest, ...], limits: _Limits) -> Counter[tuple[str | None, str]]:
     """How many jobs are asked for by account and qos; each task of an array counts."""
-    numbers: Counter[tuple[str | None, str | None]] = Counter()
+    numbers: Counter[tuple[str | None, str]] = Counter()
     for job in jobs:
-        numbers[_asked(job, "account"), _asked(job, "qos")] += job.array_tasks
+        numbers[_charged(job, limits)] += job.array_tasks
     return numbers
 
 
-def _submit_limits(account: str | None, quality: str | None, limits: _Limits) -> Iterator[tuple[int, str]]:
+def _submit_limits(account: str | None, quality: str, limits: _Limits) -> Iterator[tuple[int, str]]:
     """Jobs that may be in the queue at once, and who says so."""
     for fields, key, where in (
         (limits.accounts.get(account, {}), "MaxSubmitJobs", f"account {account or 'by default'}"),

@@ -52,16 +52,18 @@ def limits(cluster) -> Iterator[None]:
     cluster.ask("sacctmgr", "-i", "add", "user", me, "account=small", "MaxSubmitJobs=2", "MaxWall=15")
     cluster.ask("sacctmgr", "-i", "add", "qos", "short", "set", "MaxWall=5", "MaxSubmitJobsPerUser=3")
     cluster.ask("sacctmgr", "-i", "modify", "user", me, "set", "QOS+=short")
+    cluster.ask("sacctmgr", "-i", "add", "account", "hasty")
+    cluster.ask("sacctmgr", "-i", "add", "user", me, "account=hasty", "QOS=normal,short", "DefaultQOS=short")
     try:
         yield
     finally:
         cluster.ask("scontrol", "update", "PartitionName=cpu", "MaxTime=INFINITE")
-        cluster.ask("sacctmgr", "-i", "delete", "user", me, "account=small")
+        cluster.ask("sacctmgr", "-i", "delete", "user", me, "account=small,hasty")
         cluster.ask("sacctmgr", "-i", "modify", "user", me, "set", "QOS=normal")
 
 
 def test_what_would_wait_for_ever_or_be_taken_in_part_is_refused(user, profile, limits):
-    """Slurm itself takes the first three, and leaves them in the queue."""
+    """Slurm itself takes the first four, and leaves them in the queue."""
     brief = {"pack": {"time": "00:05:00"}, "train": {"time": "00:05:00"}}
     for changes, told in (
         ({}, ["pack.time is 30 minutes", "MaxTime of partition cpu is 10", "never start"]),
@@ -70,6 +72,7 @@ def test_what_would_wait_for_ever_or_be_taken_in_part_is_refused(user, profile, 
             ["train.time is 30 minutes", "MaxWall of account small is 15"],
         ),
         ({"pack": brief["pack"], "train": {"qos": "short"}}, ["train.time is 30", "MaxWall of qos short is 5"]),
+        ({"pack": brief["pack"], "train": {"account": "hasty"}}, ["train.time is 30", "MaxWall of qos short is 5"]),
         (
             {name: asked | {"account": "small"} for name, asked in brief.items()},
             ["6 jobs to submit and 0 in the queue", "MaxSubmitJobs of account small is 2", "pack.tasks"],
