@@ -16,7 +16,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := containers/versions.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-million plan train submit cluster-up cluster-down
+.PHONY: help setup demo demo-million plan train stage submit cluster-up cluster-down
 .PHONY: test test-quick test-full test-gpu test-packages lint mlflow clean
 
 help: ## this list
@@ -36,9 +36,12 @@ plan: $(VENV)/.ready ## the derived numbers of RECIPE
 train: $(VENV)/.ready ## train RECIPE on this machine
 	$(BIN)/alst train $(RECIPE) $(ARGS)
 
-submit: $(VENV)/.ready ## RECIPE as Slurm jobs on NODES nodes: [CLUSTER=name] [DRY_RUN=1] [ARGS="k=v"]
+stage: $(VENV)/.ready ## on a node with internet: fetch what RECIPE names on the hub into HF_HOME
+	$(BIN)/alst stage $(RECIPE) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
+
+submit: $(VENV)/.ready ## RECIPE as Slurm jobs on NODES nodes: [CLUSTER=name] [DRY_RUN=1] [REHEARSE=1] [ARGS="k=v"]
 	$(BIN)/alst submit $(RECIPE) $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(NODES),--nodes $(NODES)) \
-		$(if $(DRY_RUN),--dry-run) $(ARGS)
+		$(if $(DRY_RUN),--dry-run) $(if $(REHEARSE),--rehearse) $(ARGS)
 
 mlflow: $(VENV)/.ready ## the runs in a browser, on http://127.0.0.1:$(PORT)
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.launch.submit import SubmittedJob
     from pipeline.plan.estimate import Estimate
     from pipeline.plan.job import JobPlan
+    from pipeline.plan.run_dir import RunDir
     from pipeline.recipe.schema import Recipe
 
 app = typer.Typer(
@@ -176,6 +177,30 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def stage(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Whose environment and secrets file say where and with which token.")
+    ] = None,
+) -> None:
+    """On a node with internet: fetch what the recipe names on the hub into HF_HOME, where jobs find it offline."""
+    from pipeline.launch.entry import secrets_in
+    from pipeline.launch.stage import stage as stage_recipe
+    from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
+    from pipeline.plan.hub_cache import hub_cache
+    from pipeline.recipe.load import load
+
+    name = cluster or default_cluster()
+    profile = None if name == LOCAL else load_cluster(name)
+    secrets = secrets_in(Path(profile.secrets).expanduser()) if profile and profile.secrets else {}
+    cache = hub_cache(os.environ) if profile is None else profile.hub_cache()
+    token = os.environ.get("HF_TOKEN") or secrets.get("HF_TOKEN")
+    for line in stage_recipe(load(recipe, overrides=overrides or []), cache=cache, token=token):
+        typer.echo(line)
+
+
+@app.command()
 def submit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -185,29 +210,39 @@ def submit(
     ] = None,
     nodes: NodesOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and print everything, submit nothing.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="The same jobs, but 3 steps at 8,192 tokens; wait, and show their cost.")
+    ] = False,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
+    from pipeline.launch.rehearsal import rehearsal_of, wait_lines
+    from pipeline.launch.seen import seen_lines
+    from pipeline.launch.watch import steps_done
     from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
 
     name = cluster or default_cluster()
+    job = _plan(recipe, overrides, nodes=nodes, cluster=name)
+    if rehearse:
+        job = _plan(recipe, [*(overrides or []), *rehearsal_of(job)], nodes=nodes, cluster=name)
+    _print_estimate(job, name)
     if name == LOCAL:
-        job = _plan(recipe, overrides, nodes=nodes)
-        _print_estimate(job, None)
         if not dry_run:
-            _train_here(job)
+            run_dir = _train_here(job)
+            for line in seen_lines(steps_done(run_dir)) if rehearse else ():
+                typer.echo(line)
         return
     from pipeline.launch.submit import prepare, read_jobs, submit_new
 
     profile = load_cluster(name)
-    job = _plan(recipe, overrides, nodes=nodes, cluster=name)
-    _print_estimate(job, name)
     run_dir = prepare(job, profile) if dry_run else submit_new(job, profile)
     typer.echo(f"run folder: {run_dir.path}")
     if dry_run:
         for text in sorted(run_dir.slurm.glob("*.sbatch")):
             typer.echo(f"\n# {text}\n{text.read_text()}")
-    else:
-        _tell_jobs(read_jobs(run_dir))
+        return
+    _tell_jobs(read_jobs(run_dir))
+    for line in wait_lines(run_dir) if rehearse else ():
+        typer.echo(line)
 
 
 @app.command()
@@ -366,15 +401,17 @@ def models(
 
 
 def _recipe(recipe: str, overrides: list[str] | None, *, nodes: int | None, cluster: str | None) -> "Recipe":
-    """With what a cluster's profile says, then the overrides, then `--nodes`."""
+    """With what a cluster's profile says, then the overrides, then `--nodes`, and the commits of what is staged there."""
     from pipeline.plan.cluster import LOCAL, load_cluster
+    from pipeline.plan.hub_cache import pinned
     from pipeline.recipe.load import load
 
     said = [] if cluster in (None, LOCAL) else load_cluster(cluster).overrides(nodes=None)
     asked = [*said, *(overrides or [])]
     if nodes is not None:
         asked.append(f"hardware.nodes={nodes}")
-    return load(recipe, overrides=asked)
+    loaded = load(recipe, overrides=asked)
+    return loaded if cluster in (None, LOCAL) else pinned(loaded, load_cluster(cluster).hub_cache())
 
 
 def _plan(
@@ -409,7 +446,7 @@ def _told(estimate: "Estimate") -> dict[str, object]:
     return {**estimate.plan.to_json(), **estimate.to_json(advise(estimate.plan))}
 
 
-def _train_here(job: "JobPlan") -> None:
+def _train_here(job: "JobPlan") -> "RunDir":
     from pipeline.launch.local import check_one_node, run_local
     from pipeline.launch.snapshot import take_snapshot
     from pipeline.plan.run_dir import create_run_dir
@@ -419,6 +456,7 @@ def _train_here(job: "JobPlan") -> None:
     take_snapshot(run_dir)
     typer.echo(f"run folder: {run_dir.path}")
     run_local(job, run_dir)
+    return run_dir
 
 
 def _tell_jobs(submitted: "Sequence[SubmittedJob]") -> None:

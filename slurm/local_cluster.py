@@ -151,10 +151,15 @@ class LocalCluster:
                     found.append(int(folder.name))
         return found
 
-    def ask(self, *command: str) -> str:
+    def ask(self, *command: str, timeout_seconds: float = 60) -> str:
         """What one of Slurm's commands prints; nothing if it fails."""
         done = subprocess.run(
-            command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60, check=False
+            command,
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
         )
         return done.stdout
 
@@ -292,6 +297,8 @@ class LocalCluster:
             )
         )
         self.ask("sacctmgr", "-i", "add", "cluster", "local")
+        self.ask("sacctmgr", "-i", "add", "account", "everyone")
+        self.ask("sacctmgr", "-i", "add", "user", _me(), "account=everyone", "defaultaccount=everyone")
 
 
 _CREATE_DATABASE = (
@@ -316,6 +323,7 @@ StorageLoc=slurm_acct_db
 """
 
 # cred_expire: a requeued job starts after it has passed once; the default of two minutes is long to wait for.
+# AccountingStorageEnforce: as on most shared clusters; there are no limits until somebody sets one with sacctmgr.
 # AccountingStoragePass: clients of slurmdbd look for munge's socket here, not in AuthInfo.
 # proctrack/linuxproc: works for root and for others alike and leaves no cgroup folders behind.
 _SLURM_CONF = """\
@@ -358,6 +366,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={accounting}
 AccountingStoragePass={munge}
 AccountingStoreFlags=job_comment,job_env,job_script
+AccountingStorageEnforce=associations,limits,qos
 GresTypes=gpu
 {nodes}
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO

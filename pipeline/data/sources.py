@@ -4,6 +4,7 @@ First stop of the data path: source -> Unit. A unit is what one token part is ma
 so that any number of tasks agrees on them. What is in the files, `source_documents` reads.
 """
 
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import xxhash
 from pipeline.data.files import digest, read_json
 from pipeline.data.manifest import MANIFEST_NAME, read_manifest
 from pipeline.errors import DataError
+from pipeline.plan.hub_cache import hub_cache, snapshot_of
 from pipeline.recipe.schema import (
     HuggingFaceSource,
     JsonlSource,
@@ -223,8 +225,13 @@ def _hub_files(source_json: str) -> list[Path]:
         raise DataError(f"split {source.split!r} is a slice; name the split, and say how much by weight or tokens")
     import datasets
 
+    # Offline the library takes whatever of a data set was loaded last; `alst stage` fetched this very revision.
+    staged = datasets.config.HF_HUB_OFFLINE and snapshot_of(
+        hub_cache(os.environ), "dataset", source.path, source.revision
+    )
+    path, revision = (str(staged), None) if staged else (source.path, source.revision)
     try:
-        found: Any = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        found: Any = datasets.load_dataset(path, source.name, split=source.split, revision=revision)
     except Exception as error:  # the library raises many kinds, from the hub, the network and the data
         raise DataError(
             f"data set {source.path!r} cannot be loaded: {error}; set data.sources[].path, name, split and revision to "

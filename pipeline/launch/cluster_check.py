@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from pipeline.errors import RunError
 from pipeline.launch.jobs import train_job
+from pipeline.launch.refusals import check_submission
 from pipeline.launch.snapshot import take_snapshot
-from pipeline.launch.submit import check_submission, submit, write_texts
+from pipeline.launch.submit import submit, write_texts
 from pipeline.launch.watch import FAILED, cancel, first_failure, job_states
 from pipeline.plan.cluster import ClusterProfile
 from pipeline.plan.job import JobPlan
@@ -20,7 +21,7 @@ SHARED_SECONDS = 60  # NFS shows another host's file after its attribute cache h
 
 def check_lines(plan: JobPlan, profile: ClusterProfile) -> Iterator[str]:
     """What was found, as it becomes known. Raises UserError or RunError at the first thing that is not in order."""
-    check_submission(profile)
+    check_submission(plan, profile)
     yield "Slurm answers, the partitions are there"
     run_dir = create_run_dir(plan)
     take_snapshot(run_dir)

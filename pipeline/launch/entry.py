@@ -108,20 +108,22 @@ def take_rank_from_slurm() -> None:
 
 
 def read_secrets() -> None:
-    """The variables of the file that $ALST_SECRETS names, into this process alone.
+    """The variables of the file that $ALST_SECRETS names, into this process alone. Raises UserError as `secrets_in`."""
+    if name := os.environ.get("ALST_SECRETS"):
+        os.environ.update(secrets_in(Path(name).expanduser()))
 
-    Raises UserError if others could read it, or if a line is no NAME=value.
-    """
-    if not (name := os.environ.get("ALST_SECRETS")):
-        return
-    path = Path(name).expanduser()
+
+def secrets_in(path: Path) -> dict[str, str]:
+    """The variables of a secrets file. Raises UserError if others could read it, or if a line is no NAME=value."""
     check_secrets(path)
+    secrets = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip() and not line.startswith("#"):
             key, equals, value = line.partition("=")
             if not equals or not key.isidentifier():
                 raise UserError(f"{path}: line {number} is not NAME=value; correct it")
-            os.environ[key] = value
+            secrets[key] = value
+    return secrets
 
 
 def check_secrets(path: Path) -> None:

@@ -11,21 +11,18 @@ from typing import Literal
 from pipeline.launch.entry import Stage
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
 from pipeline.plan.environment import Variable, environment
+from pipeline.plan.hub_cache import hub_needs
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
-
-PASSED_ON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "MODULEPATH")
-"""Of the environment that submits: enough for a shell and its modules. All else stays, secrets first of all."""
-
-PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS")
-"""Where things lie; the same for the one who submits and for the job."""
 
 CHECK_MINUTES = 10  # short jobs start sooner; most of it is the import of torch from a cold disk
 
 RENDEZVOUS = (
     "# The batch script runs on the first node: rank 0 will listen there, where Slurm itself reaches it.",
     'export MASTER_ADDR="$(scontrol show node "$SLURMD_NODENAME" | sed -n \'s/.*NodeAddr=\\([^ ]*\\).*/\\1/p\')"',
-    'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"',
+    "# Below the ports that the kernel gives out; drawn, because jobs of two clusters may have one number.",
+    'export MASTER_PORT="$((20000 + RANDOM % 12000))"',
+    'while (exec 3<> "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do MASTER_PORT="$((MASTER_PORT + 1))"; done',
 )
 
 
@@ -122,7 +119,7 @@ def _options(asked: JobOptions) -> dict[str, OptionValue]:
     }
     options: dict[str, OptionValue] = {name: value for name, value in named.items() if value is not None}
     options["requeue"] = True  # a node that fails costs the steps since the last checkpoint, and no person's time
-    options["export"] = ",".join([*PASSED_ON, *PASSED_ON_BY_NAME])
+    options["export"] = "ALL"  # of the few variables that `submitting_environment` leaves
     return options | {name.replace("_", "-"): value for name, value in asked.extra.items() if value is not False}
 
 
@@ -136,6 +133,9 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
         Variable("SLURM_EXPORT_ENV", "ALL", "srun would pass on only what sbatch was asked to"),
         *profile.variables(),
     ]
+    if hub_needs(plan.recipe):
+        cache = str(profile.hub_cache())
+        table.append(Variable("HF_HUB_CACHE", cache, "where `alst stage` put model, tokenizer and data"))
     if profile.secrets is not None:
         table.append(Variable("ALST_SECRETS", profile.secrets, "each task reads this file itself"))
     return tuple({variable.name: variable for variable in table}.values())
@@ -143,6 +143,8 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
 
 def _setup(profile: ClusterProfile) -> list[str]:
     lines = [f"umask {profile.umask}"] if profile.umask else []
+    if profile.modules:
+        lines.append("type module &> /dev/null || source /etc/profile  # a job's shell is no login shell")
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
     return lines + list(profile.setup)
 

@@ -4,23 +4,36 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from pipeline.launch.watch import FAILED, JobState, first_failure, job_states, last_step
+from pipeline.launch.seen import seen_lines
+from pipeline.launch.watch import FAILED, JobState, first_failure, job_states, newest_logs, steps_done
 from pipeline.plan.job import read_plan
 from pipeline.plan.run_dir import RunDir
 
 
 def status_lines(run_dir: RunDir) -> Iterator[str]:
-    """Failures, then the jobs, then how far training is."""
+    """Failures, then the jobs, then how far training is; when all have ended, what its steps took."""
     states = job_states(run_dir)
     for state in states:
-        if state.state in FAILED and (failure := first_failure(run_dir, state.job)) is not None:
-            yield f"{state.job.stage} failed: {failure.text}"
-            yield f"  in {failure.source}"
+        if state.state in FAILED:
+            yield from _failure_lines(state, run_dir)
     for state in states:
         yield _job_line(state)
-    row = last_step(run_dir)
-    if row is not None:
-        yield _step_line(row, read_plan(run_dir.plan).recipe.train.steps, states)
+    rows = steps_done(run_dir)
+    if rows:
+        yield _step_line(rows[-1], read_plan(run_dir.plan).recipe.train.steps, states)
+    if not any(state.is_queued for state in states):
+        yield from seen_lines(rows)
+
+
+def _failure_lines(state: JobState, run_dir: RunDir) -> Iterator[str]:
+    failure = first_failure(run_dir, state.job)
+    if failure is not None:
+        yield f"{state.job.stage} failed: {failure.text}"
+        yield f"  in {failure.source}"
+    elif newest_logs(run_dir, state.job) is None:
+        yield f"{state.job.stage} failed without a word in {run_dir.slurm}"
+        yield "  without the job's .err there, the nodes do not see that folder: set ALST_RUNS to one that they share,"
+        yield "  and try it with `alst cluster check`"
 
 
 def _job_line(state: JobState) -> str:

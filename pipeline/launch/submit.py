@@ -18,13 +18,14 @@ from submitit import SlurmExecutor
 
 from pipeline.errors import AlstError, RunError, UserError
 from pipeline.files import write_json
-from pipeline.launch.entry import Stage, check_secrets, run_task
+from pipeline.launch.entry import Stage, run_task
 from pipeline.launch.jobs import JobRequest, jobs_of
-from pipeline.launch.slurm import ask
+from pipeline.launch.refusals import check_limits, check_submission, section_of
+from pipeline.launch.slurm import ask, submitting_environment
 from pipeline.launch.snapshot import take_snapshot
 from pipeline.plan.cluster import ClusterProfile
 from pipeline.plan.job import JobPlan
-from pipeline.plan.run_dir import RunDir, create_run_dir, runs_root
+from pipeline.plan.run_dir import RunDir, create_run_dir
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _Executor(SlurmExecutor):
 
 def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
     """A new run, in Slurm's queue. Raises UserError before anything is there, and then leaves no folder."""
-    check_submission(profile)
+    check_submission(plan, profile)
     run_dir = prepare(plan, profile)
     try:
         submit(jobs_of(plan, profile, run_dir), run_dir)
@@ -66,7 +67,7 @@ def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
 
 def submit_again(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> list[SubmittedJob]:
     """What is left of a run, in Slurm's queue; the new jobs. Raises UserError before anything is there."""
-    check_submission(profile)
+    check_submission(plan, profile)
     jobs = jobs_of(plan, profile, run_dir)
     check_accepted(jobs, run_dir)  # before the folder is changed
     run_dir.write_plan(plan)
@@ -111,7 +112,8 @@ def submit(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> list[SubmittedJob]:
     try:
         for job in jobs:
             executor = _executor(job, run_dir, after=submitted[-1].id if submitted else None)
-            submitted.append(SubmittedJob(job.stage, _handed(executor, job, run_dir), time.time()))
+            with _only_what_jobs_get():
+                submitted.append(SubmittedJob(job.stage, _handed(executor, job, run_dir), time.time()))
     except Exception as error:
         if submitted:
             ask("scancel", *(job.id for job in submitted))
@@ -160,56 +162,17 @@ def _executor(job: JobRequest, run_dir: RunDir, *, after: str | None) -> _Execut
     return executor
 
 
-# What is refused before anything is in the queue
-
-
-def check_submission(profile: ClusterProfile) -> None:
-    """Raises UserError for what would fail on the cluster, as far as it can be seen from here."""
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "sbatch: not on the PATH; submit from a login node of the cluster, or try CLUSTER=local, or DRY_RUN=1"
-        )
-    _check_partitions(profile)
-    _check_shared(profile, runs_root())
-    if profile.container is not None and not Path(profile.container.image).is_file():
-        raise UserError(
-            f"container.image = {profile.container.image}: no such file here; build or copy it, or correct the path"
-        )
-    if profile.secrets is not None:
-        check_secrets(Path(profile.secrets).expanduser())
-
-
 def check_accepted(jobs: tuple[JobRequest, ...], run_dir: RunDir) -> None:
     """Raises UserError with Slurm's own words if it would not take a job as it is asked for."""
+    check_limits(jobs)
     for job in jobs:
-        done = ask("sbatch", "--test-only", text=_executor(job, run_dir, after=None).text(array_tasks=job.array_tasks))
+        text = _executor(job, run_dir, after=None).text(array_tasks=job.array_tasks)
+        done = ask("sbatch", "--test-only", text=text, environment=submitting_environment())
         if done.returncode:
             said = " ".join(line.removeprefix("sbatch: ") for line in done.stderr.strip().splitlines())
-            section = "train" if job.stage in ("train", "check") else "pack"
-            raise UserError(f"{job.stage} job: {said}; correct the section `{section}:` of the cluster's profile")
-
-
-def _check_partitions(profile: ClusterProfile) -> None:
-    done = ask("sinfo", "--noheader", "--format=%R")
-    if done.returncode:
-        raise UserError(f"Slurm does not answer: {done.stderr.strip()}; is SLURM_CONF right, and its controller up?")
-    there = sorted(set(done.stdout.split()))
-    for section, asked in (("pack", profile.pack.partition), ("train", profile.train.partition)):
-        missing = [name for name in (asked or "").split(",") if name and name not in there]
-        if missing:
             raise UserError(
-                f"{section}.partition = {asked}: {', '.join(missing)} is not on this cluster; use one of "
-                f"{', '.join(there)}"
+                f"{job.stage} job: {said}; correct the section `{section_of(job)}:` of the cluster's profile"
             )
-
-
-def _check_shared(profile: ClusterProfile, runs: Path) -> None:
-    if profile.shared is None or any(runs.is_relative_to(folder) for folder in profile.shared):
-        return
-    raise UserError(
-        f"{runs}: the folder of runs is not shared with the nodes; set ALST_RUNS to a folder in one of "
-        f"{', '.join(profile.shared)}"
-    )
 
 
 def _check_group(group: str) -> None:
@@ -228,6 +191,19 @@ def _give_to_group(run_dir: RunDir, group: str) -> None:
         Path(folder).chmod(Path(folder).stat().st_mode | stat.S_ISGID)
         for name in files:
             shutil.chown(Path(folder) / name, group=group)
+
+
+@contextmanager
+def _only_what_jobs_get() -> Iterator[None]:
+    """submitit calls sbatch in this process's environment, for arrays from an executor of its own."""
+    before, less = dict(os.environ), submitting_environment()
+    try:
+        os.environ.clear()
+        os.environ.update(less)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager

@@ -8,12 +8,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.launch.slurm import ask
+from pipeline.launch.slurm import ask, seconds_of
 from pipeline.launch.submit import SubmittedJob, read_jobs
 from pipeline.plan.run_dir import RunDir
 
@@ -21,6 +22,7 @@ FAILED = {"FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADL
 """States of a job that ended, and neither well nor because someone wanted it to."""
 
 FOLLOW_SECONDS = 0.5
+READS_PER_QUESTION = 6  # of a log, until the queue is asked again: Slurm's controller serves many
 TAIL_LINES = 40
 TASK_ENDED = re.compile(r"^srun: error: .*: tasks? [\d,\s-]+: (.*)$", re.MULTILINE)
 """srun's words on a task that did not end well: `srun: error: node1: task 3: Killed`, in the order it hears of them."""
@@ -81,19 +83,18 @@ def cancel(run_dir: RunDir) -> list[str]:
     return living
 
 
-def last_step(run_dir: RunDir) -> dict[str, Any] | None:
-    """The newest whole row of metrics.jsonl."""
+def steps_done(run_dir: RunDir) -> list[dict[str, Any]]:
+    """The whole rows of metrics.jsonl by step; of a step done again, the last."""
     try:
         lines = run_dir.metrics.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue  # being written
-        return row
-    return None
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        with suppress(ValueError):  # being written
+            row = json.loads(line)
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def first_failure(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
@@ -107,10 +108,25 @@ def first_failure(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
         if ended is not None and not ended[1].startswith(BY_ITSELF):
             return Failure(srun, ended[0].removeprefix("srun: error: "))
     newest = newest_logs(run_dir, job)
-    if newest is None or not (newest / "failures.jsonl").is_file():
+    if newest is None:
+        return _before_python(run_dir, job)
+    if not (newest / "failures.jsonl").is_file():
         return None
     first = min(map(json.loads, (newest / "failures.jsonl").read_text().splitlines()), key=lambda row: row["time"])
     return Failure(newest / f"rank{first['rank']}.log", f"rank {first['rank']}: {first['error']}")
+
+
+def _before_python(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
+    """The last words of a job in which no task came to write a log: of the shell, a module, the container."""
+    for path in sorted(run_dir.slurm.glob(f"{job.id}_*_log.err")):
+        said = [
+            line
+            for line in path.read_text(errors="replace").splitlines()
+            if line.strip() and not line.startswith(("srun:", "slurmstepd:"))
+        ]
+        if said:
+            return Failure(path, said[-1])
+    return None
 
 
 def newest_logs(run_dir: RunDir, job: SubmittedJob) -> Path | None:
@@ -120,7 +136,7 @@ def newest_logs(run_dir: RunDir, job: SubmittedJob) -> Path | None:
 
 
 def read_log(run_dir: RunDir, *, rank: int, follow: bool) -> Iterator[str]:
-    """The end of a rank's newest log, and with `follow` what is added to it until its job has ended.
+    """The end of a rank's newest log; with `follow` what is added to it and to later starts' until the job ends.
 
     Raises UserError if there is none, naming the ranks that have one.
     """
@@ -129,15 +145,27 @@ def read_log(run_dir: RunDir, *, rank: int, follow: bool) -> Iterator[str]:
     if not path.is_file():
         ranks = sorted(int(log.stem.removeprefix("rank")) for log in folder.glob("rank*.log"))
         raise UserError(f"--rank {rank}: {folder} has none; use one of {ranks}")
-    with path.open(encoding="utf-8", errors="replace") as log:
-        yield from log.readlines()[-TAIL_LINES:]
-        while follow:
-            if line := log.readline():
-                yield line
-            elif any(state.job.id == job.id and state.is_queued for state in job_states(run_dir)):
-                time.sleep(FOLLOW_SECONDS)
-            else:
-                return
+    said = path.read_bytes()
+    yield "".join(said.decode(errors="replace").splitlines(keepends=True)[-TAIL_LINES:])
+    if follow:
+        yield from _added(run_dir, job, path, offset=len(said))
+
+
+def _added(run_dir: RunDir, job: SubmittedJob, path: Path, *, offset: int) -> Iterator[str]:
+    """What is written to a log after `offset`, and to those of the job's later starts."""
+    lives = True
+    while lives:
+        lives = bool(_queued([job]))  # asked before the log is read: what the job wrote last is not missed
+        for _ in range(READS_PER_QUESTION):
+            with path.open("rb") as log:
+                log.seek(offset)
+                said = log.read()
+            offset += len(said)
+            yield said.decode(errors="replace")
+            newest = (newest_logs(run_dir, job) or path.parent) / path.name
+            if newest != path and newest.is_file():
+                path, offset = newest, 0
+            time.sleep(FOLLOW_SECONDS)
 
 
 def _newest_with_logs(run_dir: RunDir) -> tuple[SubmittedJob, Path]:
@@ -156,7 +184,7 @@ def _state(job: SubmittedJob, queued: dict[str, list[str]], ended: dict[str, lis
     if job.id in queued:
         state, reason, left = queued[job.id]
         waits = reason if reason not in ("None", "") else ""
-        return JobState(job, state, waits, True, _seconds(left) if state == "RUNNING" else None, restarts)
+        return JobState(job, state, waits, True, seconds_of(left) if state == "RUNNING" else None, restarts)
     if job.id in ended:
         state, code, elapsed = ended[job.id]
         return JobState(
@@ -195,15 +223,3 @@ def _by_job(rows: str, *, most_telling: str = "", least_telling: str = "") -> di
         if job not in found or fields[0] == most_telling or found[job][0] == least_telling:
             found[job] = fields
     return found
-
-
-def _seconds(left: str) -> int | None:
-    """Of `1-02:03:04`, `02:03:04`, `03:04`; None for UNLIMITED and the like."""
-    days, _, clock = left.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in (days or "0", *parts)):
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return int(days or 0) * 86400 + seconds

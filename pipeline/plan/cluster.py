@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RecipeError, UserError
 from pipeline.plan.environment import Variable
+from pipeline.plan.hub_cache import hub_cache
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.findings import findings
 from pipeline.recipe.load import read_yaml
@@ -187,6 +188,10 @@ class ClusterProfile(Section):
         said = [f"hardware.{name}={'null' if value is None else value}" for name, value in hardware]
         said += [f"hardware.nodes={nodes}"] if nodes is not None else []
         return said + ([f"tracking.uri='{self.tracking_uri}'"] if self.tracking_uri else [])
+
+    def hub_cache(self) -> Path:
+        """Where jobs look for what is on the hub: as here, unless `environment` says otherwise."""
+        return hub_cache(os.environ | {row.name: row.value for row in self.environment})
 
     def variables(self) -> list[Variable]:
         """Rows of the environment table."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
+from pipeline.plan.hub_cache import hub_cache, snapshot_of
 from pipeline.plan.known_models import KNOWN_MODELS, Config
 from pipeline.plan.model_support import require_exact, require_supported
 from pipeline.recipe.schema import ModelRecipe
@@ -258,12 +259,8 @@ def _config_file(name_or_path: str, revision: str | None) -> Path | None:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder / "config.json"
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{name_or_path.replace('/', '--')}"
-    ref = hub / "refs" / (revision or "main")
-    snapshot = ref.read_text().strip() if ref.is_file() else revision or ""
-    found = hub / "snapshots" / snapshot / "config.json"
-    return found if snapshot and found.is_file() else None
+    snapshot = snapshot_of(hub_cache(os.environ), "model", name_or_path, revision)
+    return snapshot / "config.json" if snapshot is not None and (snapshot / "config.json").is_file() else None
 
 
 def _known_config(name: str) -> Config:

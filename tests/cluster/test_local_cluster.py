@@ -5,6 +5,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -88,6 +89,31 @@ def test_a_folder_that_holds_no_cluster_is_not_removed(folder, capsys):
     assert (folder / "precious").exists()
 
 
+@pytest.mark.parametrize(("ci", "code", "told"), [("true", 1, "error"), ("", 0, "skipped")])
+def test_where_slurm_is_missing_its_tests_are_skipped_and_fail_under_ci(tmp_path, ci, code, told):
+    name = "test_what_ran_is_accounted_for"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", f"{__file__}::{name}", "-rs", "-p", "no:cacheprovider"],
+        env=os.environ | {"PATH": str(tmp_path), "CI": ci}, cwd=SCRIPT.parents[1],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout
+    assert f"1 {told}" in done.stdout
+    assert "sbatch" in done.stdout and "not on this machine; run `make cluster-up` as root once" in done.stdout
+
+
+@pytest.mark.parametrize(("ci", "code"), [("true", 2), ("", 0)])
+def test_packages_that_cannot_be_installed_are_told_loudly_and_fail_under_ci(tmp_path, ci, code):
+    done = subprocess.run(
+        [shutil.which("make"), "test-packages", f"PYTHON={sys.executable}"],
+        env={"PATH": str(tmp_path), "CI": ci}, cwd=SCRIPT.parents[1],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "run: sudo apt-get install" in done.stderr
+    assert ("tests/cluster will be SKIPPED" in done.stdout) is (ci != "true")
+
+
 def test_an_ordinary_user_can_have_one(programs, folder):
     if os.geteuid() != 0:
         pytest.skip("only root can become another user; as an ordinary user every test here shows it")
@@ -106,6 +132,11 @@ def test_an_ordinary_user_can_have_one(programs, folder):
         assert started.returncode == 0, started.stderr
         pids = [daemon["pid"] for daemon in json.loads((home / "daemons.json").read_text())]
         assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids} == {user.pw_uid}
+        ran = subprocess.run(
+            ["srun", "-N4", "id", "-un"], user=user.pw_uid, group=user.pw_gid, extra_groups=[], cwd=folder,
+            env=LocalCluster(home).environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert ran.stdout.split() == [ANYONE] * 4, ran.stderr
     finally:
         ended = call("down")
     assert ended.returncode == 0, ended.stderr

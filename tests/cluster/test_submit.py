@@ -1,6 +1,8 @@
 """`alst submit` on a real Slurm: what was asked for is what is trained, and nothing is lost or left behind."""
 
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,12 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from slurm.local_cluster import free_ports
+from slurm.local_cluster import free_ports, search_path
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
 TWO_RANKS = "hardware.gpus_per_node=1"
 CANARY = "canary-77c0ffee"
 SHORT = ("train.steps=2", "checkpoint.every_steps=null")
+
+KEPT_BY_SLURM = {
+    ("sacct", "--env-vars", "-j"): "HOME=",
+    ("sacct", "--batch-script", "-j"): "srun",
+    ("scontrol", "show", "job", "--details"): "JobState=COMPLETED",
+    ("squeue", "--states=all", "--format=%all", "--job"): "COMPLETED",
+}
+"""What is asked of a job that has ended, whose number comes last, and a word of the answer."""
 
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
 
@@ -81,11 +91,14 @@ def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profi
     with closing(sqlite3.connect(database)) as connection:
         tracked = connection.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
     assert tracked == list(enumerate(losses(run), start=1))
-    kept = [path.read_bytes() for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
+    files = [path for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
+    kept = {str(path): path.read_bytes() for path in files}
     for job in jobs(run).values():
-        kept += [user.cluster.ask("sacct", "-j", job, what).encode() for what in ("--env-vars", "--batch-script")]
-        assert b"HOME=" in kept[-2] and b"srun" in kept[-1], "the accounting keeps both"
-    assert not any(CANARY.encode() in content for content in kept)
+        said = {words: user.cluster.ask(*words, job) for words in KEPT_BY_SLURM}
+        for words, expected in KEPT_BY_SLURM.items():
+            assert expected in said[words], (words, job)
+        kept |= {f"{words} {job}": text.encode() for words, text in said.items()}
+    assert [place for place, content in kept.items() if CANARY.encode() in content] == []
     assert losses(run) == user.train_here("hardware.gpus_per_node=8", *SHORT)
 
 
@@ -105,9 +118,16 @@ def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, 
     run = user.submit("--nodes", "2", TWO_RANKS)
     assert list(jobs(run)) == ["train"], "the packed data is there already"
     user.wait(lambda: len(losses(run)) >= 3, run)
+    assert re.search(
+        r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", user.alst("status", run.name)
+    )
+    follower = user.start("logs", run.name, "--rank", "0", "--follow")
     user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
     user.wait_for_end(run)
     assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
+    followed, _ = follower.communicate(timeout=WAIT_SECONDS)
+    assert follower.returncode == 0
+    assert "step 1/8" in followed and "resumed from step-00000" in followed and "step 8/8" in followed
     log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
     assert "resumed from step-00000" in log.read_text()
     assert losses(run) == two_ranks
@@ -161,11 +181,12 @@ def test_the_templates_do_the_same_by_hand(user, two_ranks):
     asked.append("--export=" + ",".join(f"{name}={value}" for name, value in variables.items()))
     for stage, nodes in (("pack", 1), ("train", 2)):
         template = ROOT / "slurm" / f"{stage}.sbatch"
-        user.cluster.ask("sbatch", "--wait", f"--nodes={nodes}", *asked, str(template), str(run / "plan.json"))
+        by_hand = ["sbatch", "--wait", f"--nodes={nodes}", *asked, str(template), str(run / "plan.json")]
+        user.cluster.ask(*by_hand, timeout_seconds=WAIT_SECONDS)
     assert losses(run) == two_ranks, told(run) + (run / "job.out").read_text()
 
 
-def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_alive(user):
+def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_alive(user, tmp_path):
     run = user.submit("--nodes", "2", TWO_RANKS)
     user.wait(lambda: len(losses(run)) >= 1, run)
     (pid,) = user.cluster.job_processes(rank=1)
@@ -176,3 +197,6 @@ def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_
     assert f"train  job {jobs(run)['train']}: FAILED" in status
     assert "RUNNING" not in status
     user.wait(lambda: user.cluster.job_processes() == [], run)
+    (tmp_path / "squeue").symlink_to(shutil.which("squeue", path=search_path()))
+    status = user.alst("status", run.name, PATH=str(tmp_path))
+    assert "UNKNOWN (it has left the queue, and sacct is not on the PATH: install it; see logs/ and slurm/)" in status

@@ -39,7 +39,17 @@ class User:
 
     def alst(self, *arguments: str, code: int = 0, **variables: str) -> str:
         """What the command printed; it must end with `code`."""
-        done = subprocess.run(
+        process = self.start(*arguments, **variables)
+        try:
+            printed, _ = process.communicate(timeout=WAIT_SECONDS)
+        finally:
+            process.kill()
+        assert process.returncode == code, printed[-4000:]
+        return printed
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """The command, as it runs."""
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "pipeline.cli", *arguments],
             env=os.environ
             | self.cluster.environment
@@ -49,23 +59,15 @@ class User:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=WAIT_SECONDS,
-            check=False,
         )
-        assert done.returncode == code, done.stdout[-4000:]
-        return done.stdout
 
     def submit(self, *arguments: str, cluster: str = "throw-away", **variables: str) -> Path:
         """The run folder of what was submitted now."""
-        printed = self.alst("submit", str(self.recipe), "--cluster", cluster, *arguments, **variables)
-        (line,) = (line for line in printed.splitlines() if line.startswith("run folder: "))
-        return Path(line.removeprefix("run folder: "))
+        return run_in(self.alst("submit", str(self.recipe), "--cluster", cluster, *arguments, **variables))
 
     def train_here(self, *overrides: str) -> list[float]:
         """The losses of the recipe on this machine, without Slurm."""
-        printed = self.alst("train", str(self.recipe), *overrides)
-        (line,) = (line for line in printed.splitlines() if line.startswith("run folder: "))
-        return losses(Path(line.removeprefix("run folder: ")))
+        return losses(run_in(self.alst("train", str(self.recipe), *overrides)))
 
     def state(self, job: str) -> str:
         """As the accounting has it."""
@@ -79,6 +81,12 @@ class User:
 
     def wait_for_end(self, run: Path) -> None:
         self.wait(lambda: self.cluster.ask("squeue", "-h", "-j", ",".join(jobs(run).values())) == "", run)
+
+
+def run_in(printed: str) -> Path:
+    """The run folder that a command named."""
+    (line,) = (line for line in printed.splitlines() if line.startswith("run folder: "))
+    return Path(line.removeprefix("run folder: "))
 
 
 def jobs(run: Path) -> dict[str, str]:

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
 
 # What a login node has; nothing else may be imported by the rooms that run there, not even inside a function.
 LOGIN_ROOMS = ("cli", "errors", "files", "recipe", "plan", "launch")
-LOGIN_LIBRARIES = {"pydantic", "yaml", "rich", "typer", "submitit"}
+LOGIN_LIBRARIES = {"pydantic", "yaml", "rich", "typer", "submitit", "huggingface_hub"}
 
 # Libraries that one place alone may know.
 OWNERS = {
@@ -40,6 +40,7 @@ OWNERS = {
     "deepspeed": ("pipeline.train",),
     "liger_kernel": ("pipeline.memory.tiled_loss",),
     "submitit": ("pipeline.launch",),
+    "huggingface_hub": ("pipeline.launch.stage",),
     "typer": ("pipeline.cli",),
     "matplotlib": ("pipeline.metrics", "pipeline.data", "pipeline.bench"),
 }

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shlex
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.launch.entry import read_secrets
-from pipeline.launch.jobs import PASSED_ON, PASSED_ON_BY_NAME
+from pipeline.launch.jobs import RENDEZVOUS
+from pipeline.launch.rehearsal import rehearsal_of
+from pipeline.launch.slurm import PASSED_ON, PASSED_ON_BY_NAME, submitting_environment
 from pipeline.launch.submit import prepare
 from pipeline.plan.cluster import SECRET_NAME, ClusterProfile, load_cluster
 from pipeline.plan.job import JobPlan, plan_job, read_plan
@@ -155,6 +159,22 @@ def test_a_packed_data_set_that_is_whole_is_not_packed_again():
     assert "dependency" not in options(again.sbatch("train").read_text())
 
 
+# Rehearsals
+
+
+@pytest.mark.parametrize(("heads", "gpus", "seq_len"), [(4, 2, 8192), (6, 6, 8196)])
+def test_a_rehearsal_is_short_on_the_same_ranks_and_keeps_nothing(heads, gpus, seq_len):
+    said = [f"hardware.gpus_per_node={gpus}", "hardware.nodes=4", "data.seq_len=65532", "evaluation.samples=2"]
+    said += [f"model.config.{name}={heads}" for name in ("num_attention_heads", "num_key_value_heads")]
+    said += ["model.config.hidden_size=48", "train.self_check=null"]
+    plan = plan_job(load("tiny", overrides=said))
+    rehearsal = plan_job(load("tiny", overrides=[*said, *rehearsal_of(plan)]))
+    assert (rehearsal.nodes, rehearsal.dp, rehearsal.sp) == (plan.nodes, plan.dp, plan.sp)
+    assert (rehearsal.seq_len, rehearsal.recipe.train.steps) == (seq_len, 3)
+    assert rehearsal.recipe.checkpoint is rehearsal.recipe.evaluation is None
+    assert rehearsal.recipe.name == "tiny-rehearsal"
+
+
 # Secrets
 
 
@@ -167,6 +187,18 @@ def test_no_variable_of_the_one_who_submits_reaches_a_text_or_the_run_folder(mon
 
 def test_what_is_passed_on_names_no_secret():
     assert [name for name in (*PASSED_ON, *PASSED_ON_BY_NAME) if SECRET_NAME.search(name)] == []
+
+
+def test_sbatch_is_called_with_little_and_jobs_get_no_more(monkeypatch):
+    """A list of names would have Slurm add what the login shell sets on the node, where tokens are set as well."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "SLURM_JOB_ID", "SOME_SETTING", "SBATCH_EXPORT"):
+        monkeypatch.setenv(name, CANARY)
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    found = submitting_environment()
+    assert CANARY not in found.values()
+    assert found["SBATCH_ACCOUNT"] == "mine"
+    _, pack, train = texts(load_cluster("default"))
+    assert {options(text)["export"] for text in (pack, train)} == {"ALL"}
 
 
 def test_secrets_are_read_from_a_file_that_only_its_owner_can_read(tmp_path, monkeypatch):
@@ -206,7 +238,8 @@ def test_a_template_asks_for_what_submit_asks_for(stage):
     run_dir = prepare(plan_for(profile, nodes=4), profile)
     written, template = run_dir.sbatch(stage).read_text(), (ROOT / "slurm" / f"{stage}.sbatch").read_text()
     written_options = {key: value for key, value in options(written).items() if key not in RUN_SPECIFIC | SUBMITITS_OWN}
-    assert options(template) == written_options
+    # By hand nobody has taken the rest out of the environment that sbatch is called in.
+    assert options(template) == written_options | {"export": ",".join([*PASSED_ON, *PASSED_ON_BY_NAME])}
     here = {"OMP_NUM_THREADS": '"$SLURM_CPUS_PER_TASK"', "PYTHONPATH": '"$RUN/code"'}
     there = {"OMP_NUM_THREADS": options(written)["cpus-per-task"], "PYTHONPATH": str(run_dir.code)}
     table = {name: value for name, value in exports(written).items() if name != "SUBMITIT_EXECUTOR"}
@@ -215,6 +248,19 @@ def test_a_template_asks_for_what_submit_asks_for(stage):
     container = re.search(r'^# PYTHON="(.*)"$', template, re.MULTILINE)[1]
     container = container.replace('$(dirname "$RUN")', str(run_dir.root))
     assert f" {container} -u" in written
+    assert all(line in template for line in RENDEZVOUS) is (stage == "train")
+
+
+def test_rank_0_listens_on_a_port_that_nobody_has(monkeypatch):
+    """Also where another job of another cluster was given the first choice."""
+    monkeypatch.setenv("PATH", os.defpath)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        lines = [line.replace("$((20000 + RANDOM % 12000))", str(taken)) for line in RENDEZVOUS[-2:]]
+        assert str(taken) in lines[0]
+        script = "\n".join(["MASTER_ADDR=127.0.0.1", *lines, 'echo "$MASTER_PORT"'])
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) > taken
 
 
 def test_the_profile_of_a_run_lies_in_its_folder():

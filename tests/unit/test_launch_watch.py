@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.submit import SubmittedJob
-from pipeline.launch.watch import first_failure, job_states, last_step, read_log
+from pipeline.launch.watch import first_failure, job_states, read_log, steps_done
 from pipeline.plan.run_dir import RunDir
 
 JOB = SubmittedJob("train", "7", 0.0)
@@ -72,10 +72,10 @@ def test_a_job_that_said_nothing_has_no_failure(run_dir):
     assert first_failure(run_dir, JOB) is None
 
 
-def test_a_row_that_is_being_written_is_not_the_last_step(run_dir):
-    assert last_step(run_dir) is None
-    run_dir.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert last_step(run_dir) == {"step": 2}
+def test_a_row_that_is_being_written_is_no_step_and_one_done_again_counts_once(run_dir):
+    assert steps_done(run_dir) == []
+    run_dir.metrics.write_text('{"step": 1}\n{"step": 2, "loss": 9}\n{"step": 2, "loss": 8}\n{"step": 3, "lo')
+    assert steps_done(run_dir) == [{"step": 1}, {"step": 2, "loss": 8}]
 
 
 def test_a_log_is_that_of_the_newest_start_and_an_absent_rank_is_told(run_dir):
@@ -83,7 +83,7 @@ def test_a_log_is_that_of_the_newest_start_and_an_absent_rank_is_told(run_dir):
     newest = start(run_dir, 1)
     for rank in (0, 11, 2):
         (newest / f"rank{rank}.log").write_text("".join(f"{rank} line {number}\n" for number in range(100)))
-    lines = list(read_log(run_dir, rank=2, follow=False))
+    lines = "".join(read_log(run_dir, rank=2, follow=False)).splitlines(keepends=True)
     assert lines == [f"2 line {number}\n" for number in range(60, 100)]
     with pytest.raises(UserError, match=r"--rank 5: .* use one of \[0, 2, 11\]"):
         list(read_log(run_dir, rank=5, follow=False))
