@@ -18,7 +18,7 @@ from pipeline.launch.slurm import answer, ask, seconds_of
 from pipeline.plan.cluster import ClusterProfile
 from pipeline.plan.hub_cache import hub_needs, missing_from
 from pipeline.plan.job import JobPlan
-from pipeline.plan.run_dir import runs_root
+from pipeline.plan.run_dir import RunDir, runs_root
 from pipeline.recipe.schema import Recipe
 
 Fields = dict[str, str]
@@ -35,13 +35,19 @@ def check_submission(plan: JobPlan, profile: ClusterProfile) -> None:
     _check_folders(profile)
     if profile.secrets is not None:
         check_secrets(Path(profile.secrets).expanduser())
-    check_staged(plan.recipe, profile)
+    is_packed = RunDir(runs_root() / plan.recipe.name).is_packed(plan)  # by any run there
+    check_staged(plan.recipe, profile, is_packed=is_packed)
 
 
-def check_staged(recipe: Recipe, profile: ClusterProfile) -> None:
-    """Raises UserError naming the first thing of the hub that jobs, which are offline, would not find."""
+def check_staged(recipe: Recipe, profile: ClusterProfile, *, is_packed: bool) -> None:
+    """Raises UserError naming the first thing of the hub that jobs, which are offline, would not find.
+
+    A packed data set holds its tokenizer, and training reads nothing of its sources.
+    """
     cache = profile.hub_cache()
     for need in hub_needs(recipe):
+        if is_packed and need.part in ("tokenizer", "data"):
+            continue
         _check_shared(profile, "Hugging Face's cache", cache, remedy="set HF_HOME to a folder")
         if (trouble := missing_from(cache, need)) is not None:
             raise UserError(f"{need}: {trouble}; run `alst stage` with this recipe on a node with internet")

@@ -171,23 +171,33 @@ def test_a_file_that_is_missing_or_cut_short_is_named_before_submission(hub, cac
     with pytest.raises(
         UserError, match=r"^model.name_or_path = .*has not been staged; run `alst stage` with this recipe"
     ):
-        check_staged(recipe(), profile())
+        check_staged(recipe(), profile(), is_packed=False)
     list(stage(recipe(), cache=cache))
-    check_staged(recipe(), profile())
+    check_staged(recipe(), profile(), is_packed=False)
     shard = cache / "models--org--model" / "snapshots" / hub.repositories[MODEL].commit / INDEX["weight_map"]["b"]
     shard.resolve().write_bytes(b"2" * 499)
     with pytest.raises(UserError, match=r"00002-of-00002.safetensors has 499 bytes, not 500; run `alst stage`"):
-        check_staged(recipe(), profile())
+        check_staged(recipe(), profile(), is_packed=False)
     shard.unlink()
     with pytest.raises(UserError, match=r"00002-of-00002.safetensors is not there; run `alst stage`"):
-        check_staged(recipe(), profile())
+        check_staged(recipe(), profile(), is_packed=False)
+
+
+def test_what_is_packed_needs_neither_its_sources_nor_its_tokenizer_again(hub, cache):
+    list(stage(recipe(), cache=cache))
+    for record in cache.rglob("staged/*"):
+        if not record.stem.endswith("-weights"):
+            record.unlink()
+    with pytest.raises(UserError, match=r"^data.tokenizer = "):
+        check_staged(recipe(), profile(), is_packed=False)
+    check_staged(recipe(), profile(), is_packed=True)
 
 
 def test_a_cache_that_nodes_do_not_see_is_refused(hub, cache, tmp_path):
     list(stage(recipe(), cache=cache))
     raw = profile().model_dump(mode="json") | {"shared": [str(tmp_path / "shared")]}
     with pytest.raises(UserError, match=r"Hugging Face's cache is not shared .*; set HF_HOME to a folder in one of"):
-        check_staged(recipe(), ClusterProfile.model_validate_json(json.dumps(raw)))
+        check_staged(recipe(), ClusterProfile.model_validate_json(json.dumps(raw)), is_packed=False)
 
 
 def test_a_plan_names_the_commits_that_were_staged_also_when_the_branch_goes_on(hub, cache):
@@ -200,7 +210,7 @@ def test_a_plan_names_the_commits_that_were_staged_also_when_the_branch_goes_on(
     list(stage(recipe(), cache=cache))
     assert pinned(recipe(), cache).model.revision == hub.repositories[MODEL].commit != before[MODEL]
     assert pinned(planned, cache) == planned
-    check_staged(planned, profile())
+    check_staged(planned, profile(), is_packed=False)
 
 
 def test_without_a_cache_a_recipe_stays_as_it_is(cache):
