@@ -213,6 +213,7 @@ def submit(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="The same jobs, but 3 steps at 8,192 tokens; wait, and show their cost.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also if the plan says that it will not fit or end.")] = False,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.launch.rehearsal import rehearsal_of, wait_lines
@@ -228,13 +229,13 @@ def submit(
     if name == LOCAL:
         if not dry_run:
             run_dir = _train_here(job)
-            for line in seen_lines(steps_done(run_dir)) if rehearse else ():
+            for line in seen_lines(steps_done(run_dir), job) if rehearse else ():
                 typer.echo(line)
         return
     from pipeline.launch.submit import prepare, read_jobs, submit_new
 
     profile = load_cluster(name)
-    run_dir = prepare(job, profile) if dry_run else submit_new(job, profile)
+    run_dir = prepare(job, profile) if dry_run else submit_new(job, profile, force=force)
     typer.echo(f"run folder: {run_dir.path}")
     if dry_run:
         for text in sorted(run_dir.slurm.glob("*.sbatch")):
@@ -401,7 +402,7 @@ def models(
 
 
 def _recipe(recipe: str, overrides: list[str] | None, *, nodes: int | None, cluster: str | None) -> "Recipe":
-    """With what a cluster's profile says, then the overrides, then `--nodes`, and the commits of what is staged there."""
+    """With what a cluster's profile says, the overrides, `--nodes`, and the commits of what is staged there."""
     from pipeline.plan.cluster import LOCAL, load_cluster
     from pipeline.plan.hub_cache import pinned
     from pipeline.recipe.load import load

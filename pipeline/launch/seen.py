@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+from pipeline.plan.estimate import estimate
+from pipeline.plan.hardware import GIB
+from pipeline.plan.job import JobPlan
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,27 @@ def seen_in(rows: Sequence[dict[str, Any]]) -> Seen:
     )
 
 
-def seen_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What was seen, one figure a line; nothing if there was no step."""
+def seen_lines(rows: Sequence[dict[str, Any]], plan: JobPlan) -> Iterator[str]:
+    """What was seen, beside what was planned, one figure a line; nothing if there was no step."""
     if not rows:
         return
-    seen = seen_in(rows)
+    seen, planned = seen_in(rows), estimate(plan)
+    seconds = None if planned.seconds is None else planned.seconds.total
+    host_share = planned.load.host.total / plan.recipe.hardware.gpus_per_node
     figures = [
-        ("GPU memory, fullest rank", "-" if seen.gpu_bytes is None else f"{seen.gpu_bytes / GIB:.2f} GiB"),
-        ("host memory, largest process", f"{seen.host_process_bytes / GIB:.2f} GiB"),
-        ("seconds per step", f"{seen.step_seconds:.2f}"),
-        ("tokens per second", f"{seen.tokens_per_second:,.0f}"),
+        ("GPU memory, fullest rank", _gib(seen.gpu_bytes), _gib(planned.load.gpu.allocated)),
+        ("host memory, a rank", _gib(seen.host_process_bytes), _gib(host_share)),
+        ("seconds per step", f"{seen.step_seconds:.2f}", "-" if seconds is None else f"{seconds:.2f}"),
+        ("tokens per second", f"{seen.tokens_per_second:,.0f}", _rate(planned.tokens_per_second)),
     ]
-    yield f"seen in {len(rows)} steps"
-    for name, figure in figures:
-        yield f"  {name:<30}{figure:>12}"
+    yield f"{f'{len(rows)} steps':<32}{'seen':>12}{'planned':>12}"
+    for name, figure, expected in figures:
+        yield f"  {name:<30}{figure:>12}{expected:>12}"
+
+
+def _gib(count: float | None) -> str:
+    return "-" if count is None else f"{count / GIB:.2f} GiB"
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "-" if tokens_per_second is None else f"{tokens_per_second:,.0f}"

@@ -19,10 +19,12 @@ def status_lines(run_dir: RunDir) -> Iterator[str]:
     for state in states:
         yield _job_line(state)
     rows = steps_done(run_dir)
-    if rows:
-        yield _step_line(rows[-1], read_plan(run_dir.plan).recipe.train.steps, states)
+    if not rows:
+        return
+    plan = read_plan(run_dir.plan)
+    yield _step_line(rows[-1], plan.recipe.train.steps, states)
     if not any(state.is_queued for state in states):
-        yield from seen_lines(rows)
+        yield from seen_lines(rows, plan)
 
 
 def _failure_lines(state: JobState, run_dir: RunDir) -> Iterator[str]:

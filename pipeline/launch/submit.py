@@ -19,6 +19,7 @@ from submitit import SlurmExecutor
 from pipeline.errors import AlstError, RunError, UserError
 from pipeline.files import write_json
 from pipeline.launch.entry import Stage, run_task
+from pipeline.launch.foreseen import check_foreseen
 from pipeline.launch.jobs import JobRequest, jobs_of
 from pipeline.launch.refusals import check_limits, check_submission, section_of
 from pipeline.launch.slurm import ask, submitting_environment
@@ -53,9 +54,14 @@ class _Executor(SlurmExecutor):
         return text
 
 
-def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
-    """A new run, in Slurm's queue. Raises UserError before anything is there, and then leaves no folder."""
+def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False) -> RunDir:
+    """A new run, in Slurm's queue; with `force` also if it is foreseen not to fit, or not to end a step.
+
+    Raises UserError before anything is there, and then leaves no folder.
+    """
     check_submission(plan, profile)
+    if not force:
+        check_foreseen(plan, profile)
     run_dir = prepare(plan, profile)
     try:
         submit(jobs_of(plan, profile, run_dir), run_dir)

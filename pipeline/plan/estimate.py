@@ -11,10 +11,7 @@ from pipeline.plan.host_memory import NodeBytes, disk_bytes
 from pipeline.plan.job import JobPlan
 from pipeline.plan.limits import Load, load_of
 from pipeline.plan.terms import Item
-from pipeline.plan.time import StepSeconds, checkpoint_seconds, step_seconds
-
-START_SECONDS = 600
-"""Before a job's first step: containers, imports, weights, the self-check. An assumption."""
+from pipeline.plan.time import StepSeconds, checkpoint_seconds, start_seconds, step_seconds
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,18 @@ class Estimate:
         return None if self.plan.recipe.checkpoint is None else checkpoint_seconds(self.plan)
 
     @property
+    def least_seconds(self) -> float | None:
+        """Of a job that is of any use: its start, one step and one save."""
+        if self.seconds is None:
+            return None
+        return start_seconds(self.plan) + self.seconds.total + (self.checkpoint_seconds or 0.0)
+
+    @property
     def steps_per_time_limit(self) -> int | None:
         """Whole steps that a job does before its limit, with a save at its end."""
         if self.seconds is None or self.time_limit_seconds is None:
             return None
-        left = self.time_limit_seconds - START_SECONDS - (self.checkpoint_seconds or 0.0)
+        left = self.time_limit_seconds - start_seconds(self.plan) - (self.checkpoint_seconds or 0.0)
         return max(0, int(left / self.seconds.total))
 
     @property

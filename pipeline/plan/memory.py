@@ -266,8 +266,8 @@ def kept_attention(at: Sizes, count: Factor) -> tuple[Term, ...]:
 
 def kept(at: Sizes) -> tuple[Term, ...]:
     """What waits from a rank's forward to its backward, wherever it does."""
-    attention = kept_attention(at, ("all layers", at.shape.num_layers)) if at.keeps_attention else ()
-    return (kept_inputs(at, ("all groups", at.groups)), *attention)
+    attention = kept_attention(at, ("layers", at.shape.num_layers)) if at.keeps_attention else ()
+    return (kept_inputs(at, ("groups of layers", at.groups)), *attention)
 
 
 def _kept_on_gpu(at: Sizes) -> tuple[Term, ...]:
@@ -477,6 +477,11 @@ class GpuBytes:
     @property
     def total(self) -> int:
         return sum(self.by_name.values())
+
+    @property
+    def allocated(self) -> int:
+        """What torch counts: without what is beside its tensors."""
+        return self.total - sum(self.by_name[name] for name in ("communication", "context", "allocator"))
 
 
 def gpu_bytes(plan: "JobPlan") -> GpuBytes:

@@ -22,6 +22,9 @@ ELEMENTWISE_BACKWARD = 300.0
 """Bytes moved per hidden element of a token and layer by norms, rotary embedding, activation and residuals, in
 bfloat16: counted over the operations of a stock Llama layer."""
 
+PROCESS_START_SECONDS = 120.0
+"""Of a job before it reads weights: containers, imports, groups of ranks, the self-check. An assumption."""
+
 HOST_UPDATE_RATE = 28 * GB
 """Bytes per second of a node's CPU Adam with all that surrounds it (norm of gradients, copies): fitted to the 32K
 baseline of ALST on 8 GPUs, 17 s a step; host memory alone would allow ten times as much."""
@@ -209,6 +212,12 @@ def step_seconds(plan: "JobPlan", documents: DocumentMix) -> StepSeconds | None:
 def _flops(item: Item) -> float:
     """Of a rank: a term's numerator, where the denominator is a rate of FLOPs."""
     return sum(term(part.what, *part.factors).value for part in item.terms)
+
+
+def start_seconds(plan: "JobPlan") -> float:
+    """Before the first step; the weights are read once, and handed on."""
+    at = Sizes(plan)
+    return PROCESS_START_SECONDS + at.d * at.shape.total_parameters / at.hardware.disk_rate
 
 
 def checkpoint_seconds(plan: "JobPlan") -> float:

@@ -86,12 +86,14 @@ def test_what_was_staged_is_rehearsed_offline_in_jobs_of_a_clean_environment(use
     assert plan["recipe"]["data"]["sources"][0]["revision"] == commits["datasets/org/texts"]
     assert not RunDir(run).checkpoints.exists()
     assert re.search(r"train +COMPLETED|train  job \d+: COMPLETED", printed)
-    seen = re.findall(r"^  (.+?)  +([\d.,]+|-)( GiB)?$", printed.partition("seen in 3 steps")[2], re.MULTILINE)
+    line = r"^  (.+?)  +([\d.,]+|-)(?: GiB)?  +([\d.,]+|-)(?: GiB)?$"
+    seen = re.findall(line, printed.partition("3 steps  ")[2], re.MULTILINE)
     assert [name for name, *_ in seen] == [
-        "GPU memory, fullest rank", "host memory, largest process", "seconds per step", "tokens per second",
+        "GPU memory, fullest rank", "host memory, a rank", "seconds per step", "tokens per second",
     ]  # fmt: skip
     assert [row[1] == "-" for row in seen] == [True, False, False, False], "there is no GPU"
-    assert user.alst("status", run.name).endswith(printed[printed.index("seen in 3 steps") :])
+    assert [row[2] == "-" for row in seen] == [False, False, True, True], "nobody knows the speed of a CPU"
+    assert user.alst("status", run.name).endswith(printed[printed.index("3 steps  ") :])
 
     variables = dict(row.partition("=")[::2] for row in environment.read_text().split("\0") if row)
     assert CANARY not in environment.read_text()

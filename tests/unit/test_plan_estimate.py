@@ -253,7 +253,9 @@ def test_a_cpu_has_no_seconds_and_no_mfu():
 
 def test_steps_of_a_time_limit_leave_room_to_start_and_to_save():
     found = estimate(planned(), time_limit_seconds=24 * 3600)
-    assert found.steps_per_time_limit == int((24 * 3600 - 600 - found.checkpoint_seconds) / found.seconds.total) > 0
+    start = 120 + 2 * PARAMETERS / 2e9
+    assert found.steps_per_time_limit == int((24 * 3600 - start - found.checkpoint_seconds) / found.seconds.total) > 0
+    assert found.least_seconds == start + found.seconds.total + found.checkpoint_seconds
     assert estimate(planned(), time_limit_seconds=60).steps_per_time_limit == 0
 
 
