@@ -28,8 +28,8 @@ def _check_fits(plan: JobPlan) -> None:
     short = [f"{what} needs {need / GIB:,.1f} of {there / GIB:,.1f} GiB" for what, need, there in taken if need > there]
     changes = [" ".join(advice.changes) for advice in advise(plan) if not advice.instead]
     raise UserError(
-        f"the plan does not fit: {', '.join(short)}; set {' and '.join(changes) or 'a shorter data.seq_len'} (`alst plan` "
-        "tells what each frees and costs), or submit it all the same with --force"
+        f"the plan does not fit: {', '.join(short)}; set {' and '.join(changes) or 'a shorter data.seq_len'} "
+        "(`alst plan` tells what each frees and costs), or submit it all the same with --force"
     )
 
 
