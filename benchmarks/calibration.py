@@ -19,7 +19,7 @@ from pipeline.plan.hardware import GIB, hardware_of
 from pipeline.plan.host_memory import host_bytes
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.limits import load_of
-from pipeline.plan.memory import LOSS, MLP, MOMENTS, NORM, GpuBytes, gpu_bytes
+from pipeline.plan.memory import LOSS, MLP, MOMENTS, NORM, GpuBytes, Sizes, allocator, gpu_bytes
 from pipeline.plan.model_shape import ModelShape, model_shape
 from pipeline.plan.terms import Item, Term
 from pipeline.recipe.load import load
@@ -119,7 +119,7 @@ REPORTED = (
 # Their code, where it differs
 
 
-def _theirs(gpu: GpuBytes, run: Run) -> GpuBytes:
+def _theirs(plan: JobPlan, run: Run) -> GpuBytes:
     """The planner's terms as their code would have them.
 
     - Liger's RMSNorm keeps its input and output and has no float32 copies.
@@ -127,9 +127,11 @@ def _theirs(gpu: GpuBytes, run: Run) -> GpuBytes:
       the product and its gradient.
     - Without Liger's loss, transformers' own: bfloat16 logits, float32 log-softmax, and the gradients of both.
     """
-    items = tuple(replace(item, terms=tuple(_their_terms(item, run))) for item in gpu.items)
+    ours = [item for item in gpu_bytes(plan).items if item.name != "allocator"]
+    items = [replace(item, terms=tuple(_their_terms(item, run))) for item in ours]
     allocated = {moment: sum(item.at(moment) for item in items if item.name not in OUTSIDE) for moment in MOMENTS}
-    return GpuBytes(items, max(MOMENTS, key=lambda moment: allocated[moment]))
+    peak = max(MOMENTS, key=lambda moment: allocated[moment])
+    return GpuBytes((*items, allocator(Sizes(plan), allocated[peak])), peak)
 
 
 def _their_terms(item: Item, run: Run) -> Iterator[Term]:
@@ -184,12 +186,12 @@ def rows() -> list[Row]:
     found = []
     for run in REPORTED:
         told = (run.name, run.tokens, run.features or "-")
-        gpu = gpu_bytes(run.plan(run.tokens))
+        plan = run.plan(run.tokens)
         if run.gib is not None:
-            theirs = _allocated(_theirs(gpu, run))
-            found.append(Row(*told, "GiB", run.gib, round(_allocated(gpu), 2), round(theirs, 2)))
+            ours, theirs = _allocated(gpu_bytes(plan)), _allocated(_theirs(plan, run))
+            found.append(Row(*told, "GiB", run.gib, round(ours, 2), round(theirs, 2)))
         if run.seconds is not None:
-            seconds = estimate(run.plan(run.tokens)).seconds
+            seconds = estimate(plan).seconds
             assert seconds is not None
             found.append(Row(*told, "seconds", run.seconds, round(seconds.total, 1), round(seconds.total, 1)))
     return [*found, *(_longest(run) for run in REPORTED if run.gib is None)]
@@ -206,7 +208,7 @@ def _longest(run: Run) -> Row:
 
     def theirs(plan: JobPlan) -> bool:
         hardware = hardware_of(plan.recipe.hardware)
-        gpu, host = _theirs(gpu_bytes(plan), run).total, _their_host_bytes(plan)
+        gpu, host = _theirs(plan, run).total, _their_host_bytes(plan)
         return gpu <= (hardware.memory_bytes or 0) and host <= hardware.host_memory_bytes
 
     told = (run.name, run.tokens, run.features or "-")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline import __version__
-from pipeline.errors import AlstError
+from pipeline.errors import AlstError, UserError
 
 if TYPE_CHECKING:
     from pipeline.launch.submit import SubmittedJob
@@ -113,8 +113,12 @@ def fit(
     from pipeline.plan.advice import choose
     from pipeline.plan.table import print_fit
 
-    wanted = any(override.partition("=")[0] == "data.seq_len" for override in overrides or [])
-    asked = list(overrides or []) if wanted and features == "auto" else [*(overrides or []), "data.seq_len=auto"]
+    asked = list(overrides or [])
+    wanted = next((override for override in asked if override.startswith("data.seq_len=")), None)
+    if wanted is None:
+        asked.append("data.seq_len=auto")
+    elif features == "recipe" and wanted != "data.seq_len=auto":
+        raise UserError(f"{wanted}: `alst fit` finds the length; leave it out, or add --features auto to fit this one")
     job = choose(_recipe(recipe, asked, nodes=nodes, cluster=cluster), features=features)
     estimate = _estimate(job, cluster)
     if as_json:

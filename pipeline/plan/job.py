@@ -14,12 +14,12 @@ from pipeline.errors import RecipeError, UserError
 from pipeline.plan.auto import combinations, fastest
 from pipeline.plan.fit import longest
 from pipeline.plan.flops import model_flops, seen_keys
+from pipeline.plan.hardware import GIB
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe
 
 PLAN_VERSION = 1
-GIB = 2**30
 
 LOGITS_TILE_BYTES = 1 * GIB
 """Of float32 logits in one tile: large enough for full matmuls, 2,048 tokens at a vocabulary of 128K (ALST §3.1)."""

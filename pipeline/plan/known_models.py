@@ -1,7 +1,7 @@
 """Configs of well-known models, so that planning needs neither a download nor the hub's cache.
 
 Only what sizes, bytes and FLOPs follow from; used where neither a folder nor the cache has the model's own config.json.
-Each was read from the model's card on the hub; a test holds the parameters that follow from it to those published.
+A test holds the parameters that follow from each to those that were published with the model.
 """
 
 from collections.abc import Mapping

@@ -163,19 +163,31 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
 
 
 UNGATED = {
+    "apertus",
+    "arcee",
+    "codegen",
+    "falcon",
     "gpt2",
     "gpt_bigcode",
     "gpt_neo",
     "gpt_neox",
     "gptj",
-    "codegen",
-    "falcon",
+    "jais2",
+    "nanochat",
     "nemotron",
     "opt",
+    "persimmon",
     "phi",
     "starcoder2",
 }
 """Model types whose MLP has no gate."""
+
+APPROXIMATE = {
+    *("afmoe", "aria_text", "ernie4_5_moe", "exaone_moe", "gemma4_text", "glm4_moe_lite", "gpt-sw3", "gpt2"),
+    *("gpt_bigcode", "hrm_text", "hunyuan_v1_moe", "jetmoe", "laguna", "mimo_v2_flash", "minicpm3", "youtu"),
+}
+"""Model types whose config says more than is read here (latent attention, experts of several kinds, learned positions):
+parameters that follow from the shape may be off by more than a twentieth."""
 
 TIED = {"cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "starcoder2"}
 """Model types whose head is the input embedding unless their config says otherwise."""

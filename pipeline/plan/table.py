@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.plan.estimate import Advice, Estimate
 from pipeline.plan.hardware import GIB
 from pipeline.plan.job import JobPlan
-from pipeline.plan.model_shape import sizes_are_from_table
+from pipeline.plan.model_shape import APPROXIMATE, sizes_are_from_table
 from pipeline.plan.terms import Item, Term
 from pipeline.recipe.schema import ActivationCheckpoint
 
@@ -37,12 +37,14 @@ def _facts(plan: JobPlan) -> list[tuple[str, str]]:
     experts = f", {shape.experts_per_token} of {shape.num_experts} experts" if shape.num_experts else ""
     windows = f", {shape.num_window_layers} of them see {shape.window:,} tokens" if shape.window else ""
     origin = " (sizes from the planner's own table)" if sizes_are_from_table(plan.recipe.model) else ""
+    about = "about " if shape.model_type in APPROXIMATE else ""
     return [
         (
             "model",
-            f"{shape.model_type}, {shape.total_parameters / 1e9:.2f}B parameters: {shape.num_layers} layers{windows}, "
-            f"hidden {shape.hidden_size:,}{experts}, {shape.num_query_heads} query and {shape.num_kv_heads} KV heads "
-            f"of {shape.head_dim}, vocabulary {shape.vocab_size:,}{origin}",
+            f"{shape.model_type}, {about}{shape.total_parameters / 1e9:.2f}B parameters: "
+            f"{shape.num_layers} layers{windows}, hidden {shape.hidden_size:,}{experts}, "
+            f"{shape.num_query_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}, "
+            f"vocabulary {shape.vocab_size:,}{origin}",
         ),
         ("hardware", f"{plan.nodes} x {hardware.gpus_per_node} {hardware.gpu.value}"),
         ("mesh", f"{plan.world_size} ranks = dp {plan.dp} x sp {plan.sp}{_why_dp(plan)}"),

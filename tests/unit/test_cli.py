@@ -169,6 +169,7 @@ def test_fit_tells_the_longest_sequence_and_auto_takes_it(alst):
 def test_fit_chooses_features_for_a_wanted_length(alst):
     found = json.loads(alst("fit", "llama8b", "--features", "auto", "data.seq_len=1048576", "--json").out)
     assert (found["seq_len"], found["fits"]) == (1048576, True)
+    assert_refused(alst("fit", "llama8b", "data.seq_len=1048576"), "finds the length", "--features auto")
     assert "features chosen" in alst("fit", "llama8b", "--features", "auto", "data.seq_len=1048576").out
 
 

@@ -129,12 +129,12 @@ def test_items_add_up_to_the_total_and_the_peak_is_the_largest_moment():
     at = Sizes(planned())
     held = {moment: sum(item(at).at(moment) for item in ACTIVATIONS) for moment in MOMENTS}
     assert held[gpu.moment] == max(held.values())
-    assert gpu.by_name["allocator"] == pytest.approx(0.03 * (gpu.total - gpu.by_name["allocator"] - 3 * GIB), abs=2)
+    assert gpu.by_name["allocator"] == pytest.approx(0.08 * (gpu.total - gpu.by_name["allocator"] - 3 * GIB), abs=2)
 
 
 def test_fragmentation_takes_more_without_expandable_segments():
     off = gpu_bytes(planned("memory.allocator.expandable_segments=false")).by_name["allocator"]
-    assert off == pytest.approx(4 * gpu_bytes(planned()).by_name["allocator"], abs=8)
+    assert off == pytest.approx(2 * gpu_bytes(planned()).by_name["allocator"], abs=8)
 
 
 def test_one_gpu_has_no_nccl_and_a_cpu_neither_context_nor_reserve():

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from pipeline.data.loader import PackedLoader
 from pipeline.model.tiny import tiny_config
 from pipeline.plan.flops import model_flops, seen_keys
-from pipeline.plan.model_shape import shape_of
+from pipeline.plan.model_shape import APPROXIMATE, shape_of
 from pipeline.plan.model_support import supported_models
 from pipeline.train.flops import StepFlops
 from tests.unit.data_support import packed
@@ -52,3 +52,13 @@ def test_every_supported_model_has_a_shape_in_its_real_config():
         config = CONFIG_MAPPING[model_type](**tiny_config(model_type))
         shape = shape_of(config.get_text_config().to_dict())
         assert 0 < shape.matmul_parameters <= shape.total_parameters, model_type
+
+
+def test_parameters_are_within_a_twentieth_of_the_real_model_for_all_types_but_those_called_approximate():
+    off = set()
+    for model_type in (name for name, found in supported_models().items() if found.supported):
+        model = model_of(model_type)
+        real = sum(parameter.numel() for parameter in model.parameters())
+        shape = shape_of(model.config.get_text_config().to_dict())
+        off |= {model_type} if abs(shape.total_parameters / real - 1) > 0.05 else set()
+    assert off == APPROXIMATE
