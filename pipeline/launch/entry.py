@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from pipeline.errors import AlstError, UserError
+from pipeline.plan.image import check_same
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.run_dir import RunDir
 
@@ -18,6 +19,9 @@ Stage = Literal["pack", "tokenize", "plan", "write", "finish", "train", "check"]
 
 LOGS = "ALST_LOGS"
 """Where a task of a job finds the folder of its start's logs."""
+
+VERIFY_IMAGE = "ALST_VERIFY_IMAGE"
+"""Set in a job that is to read its whole image before it starts."""
 
 SLURM_RANK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 """torch's names of a rank's place, and Slurm's."""
@@ -42,6 +46,7 @@ def run_task(plan_path: str, stage: Stage, task: str = "0/1") -> None:
 def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
     """Run one stage here, or task I of N of it. Raises AlstError when it fails."""
     plan, run_dir = read_plan(plan_path), RunDir(plan_path.resolve().parent)
+    _check_image(plan)
     match stage:
         case "train":
             take_rank_from_slurm()
@@ -55,6 +60,14 @@ def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
             _as_rank(check_cluster, plan, run_dir)
         case _:
             run_pack(plan, run_dir.packed(plan), stage="all" if stage == "pack" else stage, task=task)
+
+
+def _check_image(plan: JobPlan) -> None:
+    """Raises UserError in a container that is not of the image the plan names; every byte is read if asked for."""
+    path = os.environ.get("APPTAINER_CONTAINER")
+    if path is not None and plan.image is not None:
+        first_on_node = os.environ.get("SLURM_LOCALID", "0") == "0"
+        check_same(plan.image, Path(path), verify=VERIFY_IMAGE in os.environ and first_on_node)
 
 
 def run_pack(plan: JobPlan, output: Path, *, stage: str = "all", task: str = "0/1") -> bool:

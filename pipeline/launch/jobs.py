@@ -4,10 +4,11 @@ Pure: nothing is asked of a cluster here, so that a dry run needs none.
 """
 
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.launch.container import UNPACK, container_of, python_line
+from pipeline.launch.container import variables as container_variables
 from pipeline.launch.entry import Stage
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
 from pipeline.plan.environment import Variable, environment
@@ -107,7 +108,7 @@ def _job(
         time_minutes=asked.time_minutes,
         options=options,
         setup=(*_setup(profile), *_exports(job_environment(plan, profile, run_dir, asked)), *lines),
-        python=_python(profile, run_dir),
+        python=python_line(plan, profile, run_dir, stage),
     )
 
 
@@ -138,23 +139,15 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
     ]
     if profile.secrets is not None:
         table.append(Variable("ALST_SECRETS", profile.secrets, "each task reads this file itself"))
+    table += container_variables(profile, tuple(table))
     return tuple({variable.name: variable for variable in table}.values())
 
 
 def _setup(profile: ClusterProfile) -> list[str]:
     lines = [f"umask {profile.umask}"] if profile.umask else []
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
-    return lines + list(profile.setup)
+    return [*lines, *profile.setup, *(UNPACK if container_of(profile) is not None else ())]
 
 
 def _exports(table: tuple[Variable, ...]) -> list[str]:
     return [f"export {variable.name}={shlex.quote(variable.value)}  # {variable.reason}" for variable in table]
-
-
-def _python(profile: ClusterProfile, run_dir: RunDir) -> str:
-    """This Python, or the image's."""
-    if profile.container is None:
-        return shlex.quote(sys.executable)
-    container = profile.container
-    binds = [f"--bind={bind}" for bind in (str(run_dir.root), *container.binds)]
-    return shlex.join(["apptainer", "exec", *binds, *container.options, container.image, "python"])

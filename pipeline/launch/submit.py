@@ -18,6 +18,7 @@ from submitit import SlurmExecutor
 
 from pipeline.errors import AlstError, RunError, UserError
 from pipeline.files import write_json
+from pipeline.launch.container import with_image
 from pipeline.launch.entry import Stage, check_secrets, run_task
 from pipeline.launch.jobs import JobRequest, jobs_of
 from pipeline.launch.slurm import ask
@@ -55,6 +56,7 @@ class _Executor(SlurmExecutor):
 def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
     """A new run, in Slurm's queue. Raises UserError before anything is there, and then leaves no folder."""
     check_submission(profile)
+    plan = with_image(plan, profile)
     run_dir = prepare(plan, profile)
     try:
         submit(jobs_of(plan, profile, run_dir), run_dir)
@@ -67,6 +69,7 @@ def submit_new(plan: JobPlan, profile: ClusterProfile) -> RunDir:
 def submit_again(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> list[SubmittedJob]:
     """What is left of a run, in Slurm's queue; the new jobs. Raises UserError before anything is there."""
     check_submission(profile)
+    plan = with_image(plan, profile)
     jobs = jobs_of(plan, profile, run_dir)
     check_accepted(jobs, run_dir)  # before the folder is changed
     run_dir.write_plan(plan)
@@ -171,10 +174,6 @@ def check_submission(profile: ClusterProfile) -> None:
         )
     _check_partitions(profile)
     _check_shared(profile, runs_root())
-    if profile.container is not None and not Path(profile.container.image).is_file():
-        raise UserError(
-            f"container.image = {profile.container.image}: no such file here; build or copy it, or correct the path"
-        )
     if profile.secrets is not None:
         check_secrets(Path(profile.secrets).expanduser())
 
