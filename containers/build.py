@@ -155,9 +155,16 @@ def _debian(folder: Path, environment: dict[str, str]) -> Path:
         return base
     with _replaced(base) as temporary:
         _apptainer("base-cpu.def", temporary, {"mirror": apptainer.debian_mirror()}, environment, "--sandbox")
-        (temporary / ".singularity.d" / "labels.json").write_text("{}")
-        (temporary / ".singularity.d" / "Singularity").unlink()
+        _forget_origin(temporary)
     return base
+
+
+def _forget_origin(base: Path) -> None:
+    """What Apptainer and debootstrap noted of this machine and its mirror."""
+    (base / ".singularity.d" / "labels.json").write_text("{}")
+    (base / "etc" / "resolv.conf").write_text("")
+    for name in (".singularity.d/Singularity", "etc/apt/sources.list", "etc/hostname"):
+        (base / name).unlink()
 
 
 def _key(kind: Kind, wanted: Sequence[str]) -> str:

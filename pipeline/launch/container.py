@@ -29,7 +29,17 @@ START_SECONDS = 300  # a large image on a cold disk, unpacked by an ordinary use
 NODE_SCRATCH = "/tmp"
 """Where a profile names no scratch: a node's own, as a rule."""
 
-LISTED: tuple[str, ...] = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TERM", "SUBMITIT_EXECUTOR", "SLURM_CONF")
+LISTED: tuple[str, ...] = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LC_ALL",
+    "TERM",
+    "SUBMITIT_EXECUTOR",
+    "SLURM_CONF",
+)
 LISTED += ("MASTER_ADDR", "MASTER_PORT", "HF_HOME", "HF_HUB_CACHE", "ALST_RUNS", "APPTAINER_UNSQUASH")
 """Variables that reach a task in a container, beside the job's table and Slurm's own."""
 

@@ -7,10 +7,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from pipeline.errors import AlstError, UserError
+from pipeline.launch import stop
 from pipeline.plan.image import check_same
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.run_dir import RunDir
@@ -31,7 +33,10 @@ def run_task(plan_path: str, stage: Stage, task: str = "0/1") -> None:
     """What a task of a submitted job runs: the stage, with its own log in the run folder, under Slurm's signals."""
     # submitit bypasses SIGTERM, and at USR2 rank 0 alone would save, somewhere in a step.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if stage == "train":
+        stop.listen()
+    else:
+        signal.signal(stop.SIGNAL, signal.SIG_IGN)
     take_rank_from_slurm()
     _write_log(RunDir(Path(plan_path).parent), stage)
     code = 0
@@ -52,7 +57,7 @@ def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
             take_rank_from_slurm()
             from pipeline.train.main import run
 
-            _as_rank(run, plan, run_dir)
+            _as_rank(partial(_train, run), plan, run_dir)
         case "check":
             take_rank_from_slurm()
             from pipeline.train.cluster_check import check_cluster
@@ -85,6 +90,13 @@ def run_pack(plan: JobPlan, output: Path, *, stage: str = "all", task: str = "0/
             progress=progress,
         )
     return manifest is not None
+
+
+def _train(run: Callable[..., bool], plan: JobPlan, run_dir: RunDir) -> None:
+    """Train until the end, or until a signal; then Slurm is to start the job again."""
+    done = run(plan, run_dir, stop_asked=lambda: stop.asked() and plan.recipe.checkpoint is not None)
+    if not done and os.environ["RANK"] == "0":
+        stop.leave_mark(run_dir)
 
 
 def _as_rank(work: Callable[[JobPlan, RunDir], None], plan: JobPlan, run_dir: RunDir) -> NoReturn:

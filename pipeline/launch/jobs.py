@@ -10,6 +10,7 @@ from typing import Literal
 from pipeline.launch.container import UNPACK, container_of, python_line
 from pipeline.launch.container import variables as container_variables
 from pipeline.launch.entry import Stage
+from pipeline.launch.stop import requeue_lines
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
 from pipeline.plan.environment import Variable, environment
 from pipeline.plan.job import JobPlan
@@ -46,6 +47,8 @@ class JobRequest:
     """Lines of shell before the tasks start."""
     python: str
     """How a task starts Python; goes to the shell as it is."""
+    teardown: tuple[str, ...] = ()
+    """Lines of shell when all tasks have ended; the first finds their exit code in `$?`."""
     array_tasks: int = 1
     """More than one is a job array: each of its jobs does task I of N of the stage."""
 
@@ -84,6 +87,7 @@ def train_job(
         stage, plan, profile, run_dir, profile.train,
         nodes=plan.nodes, tasks_per_node=tasks, options=options, lines=RENDEZVOUS,
     )  # fmt: skip
+    job = replace(job, teardown=requeue_lines(run_dir))
     return job if stage == "train" else replace(job, time_minutes=min(CHECK_MINUTES, job.time_minutes))
 
 

@@ -155,6 +155,7 @@ def _executor(job: JobRequest, run_dir: RunDir, *, after: str | None) -> _Execut
         cpus_per_task=job.cpus_per_task,
         time=job.time_minutes,
         setup=list(job.setup),
+        teardown=list(job.teardown),
         # Since 22.05 srun forgets sbatch's cpus-per-task; and a rank that fails must not leave the others waiting.
         srun_args=[f"--cpus-per-task={job.cpus_per_task}", "--kill-on-bad-exit=1"],
         additional_parameters=options,
