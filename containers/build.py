@@ -34,8 +34,9 @@ GIB = 2**30
 ZSTD = "-comp zstd -Xcompression-level 6"
 """As small as gzip's default, several times as fast, also when a task reads it; Linux has it since 4.14."""
 
-DROPPABLE = {24: "CAP_SYS_RESOURCE"}
-"""What Apptainer would hand on to a container's root, and a root in a container of its own may not have."""
+CONTEXT = "definitions"
+CAP_SYS_RESOURCE = 1 << 24
+"""Apptainer hands it on to a container's root; a root inside a virtual machine or container may not have it."""
 
 
 class BuildError(Exception):
@@ -75,7 +76,7 @@ def build(kind: Kind, folder: Path) -> Path:
     inputs = _inputs(kind, folder, environment)
     arguments = {"commit": _commit(), "lock": _digest_of(LOCK.read_bytes())[:12]}
     if kind.name == "cpu":
-        arguments["base"] = str(_debian(folder, environment))
+        arguments["base"] = os.path.relpath(_debian(folder, environment), folder / CONTEXT)
     else:
         arguments |= locked_arguments()
     with _replaced(image) as temporary:
@@ -230,27 +231,28 @@ def _environment(programs: Path, folder: Path) -> dict[str, str]:
         "APPTAINER_CACHEDIR": str(folder / "apptainer"),
         "APPTAINER_TMPDIR": str(folder / "tmp"),
     }
-    if os.geteuid() == 0 and (missing := missing_capabilities()):
-        own["APPTAINER_DROP_CAPS"] = ",".join(missing)
+    (capabilities,) = re.findall(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if os.geteuid() == 0 and not int(capabilities, 16) & CAP_SYS_RESOURCE:
+        own["APPTAINER_DROP_CAPS"] = "CAP_SYS_RESOURCE"
     return os.environ | own
-
-
-def missing_capabilities() -> list[str]:
-    """Of those that Apptainer asks for in root's name."""
-    (effective,) = re.findall(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return [name for bit, name in DROPPABLE.items() if not int(effective, 16) >> bit & 1]
 
 
 def _apptainer(
     definition: str, out: Path, arguments: dict[str, str], environment: dict[str, str], *options: str
 ) -> None:
-    """Run from the folder of the definitions, whose %files are relative. Root needs no help, others --fakeroot."""
+    """Run beside a copy of the definitions: every path in them is relative, and so in the image's labels.
+
+    Root needs no help, others --fakeroot.
+    """
+    context = out.parent / CONTEXT
+    _remove(context)
+    shutil.copytree(HERE, context, ignore=shutil.ignore_patterns("__pycache__"))
     said = [f"--build-arg={name}={value}" for name, value in arguments.items()]
     mode = [] if os.geteuid() == 0 else ["--fakeroot"]
     log = out.with_suffix(".log")
     with log.open("wb") as file:
         command = ["apptainer", "build", *mode, *options, *said, str(out), definition]
-        done = subprocess.run(command, env=environment, cwd=HERE, stdout=file, stderr=file, check=False)
+        done = subprocess.run(command, env=environment, cwd=context, stdout=file, stderr=file, check=False)
     if done.returncode:
         raise BuildError(f"{definition}: {_end_of(log)}\nall of it is in {log}")
     log.unlink()

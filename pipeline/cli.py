@@ -131,6 +131,7 @@ def submit(
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes, instead of hardware.nodes.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and print everything, submit nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Each node reads its whole image before it starts.")] = False,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
@@ -143,7 +144,11 @@ def submit(
         if not dry_run:
             _train_here(job)
         return
+    from pipeline.launch.entry import VERIFY_IMAGE
     from pipeline.launch.submit import prepare, read_jobs, submit_new
+
+    if verify:
+        os.environ[VERIFY_IMAGE] = "1"
 
     profile = load_cluster(name)
     job = _plan(recipe, [*profile.overrides(nodes=nodes), *(overrides or [])])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.launch.entry import Stage
+from pipeline.launch.entry import VERIFY_IMAGE, Stage
 from pipeline.plan.cluster import ClusterProfile, ContainerProfile
 from pipeline.plan.environment import Variable
 from pipeline.plan.image import identify
@@ -40,7 +40,7 @@ LISTED: tuple[str, ...] = (
     "SUBMITIT_EXECUTOR",
     "SLURM_CONF",
 )
-LISTED += ("MASTER_ADDR", "MASTER_PORT", "HF_HOME", "HF_HUB_CACHE", "ALST_RUNS", "APPTAINER_UNSQUASH")
+LISTED += ("MASTER_ADDR", "MASTER_PORT", "HF_HOME", "HF_HUB_CACHE", "ALST_RUNS", VERIFY_IMAGE, "APPTAINER_UNSQUASH")
 """Variables that reach a task in a container, beside the job's table and Slurm's own."""
 
 UNPACK = (

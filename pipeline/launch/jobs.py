@@ -9,7 +9,7 @@ from typing import Literal
 
 from pipeline.launch.container import UNPACK, container_of, python_line
 from pipeline.launch.container import variables as container_variables
-from pipeline.launch.entry import Stage
+from pipeline.launch.entry import VERIFY_IMAGE, Stage
 from pipeline.launch.stop import requeue_lines
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
 from pipeline.plan.environment import Variable, environment
@@ -19,8 +19,8 @@ from pipeline.plan.run_dir import RunDir
 PASSED_ON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "MODULEPATH")
 """Of the environment that submits: enough for a shell and its modules. All else stays, secrets first of all."""
 
-PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS")
-"""Where things lie; the same for the one who submits and for the job."""
+PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS", VERIFY_IMAGE)
+"""Where things lie, and whether the image is read whole; the same for the one who submits and for the job."""
 
 CHECK_MINUTES = 10  # short jobs start sooner; most of it is the import of torch from a cold disk
 

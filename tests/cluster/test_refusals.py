@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
         ({"train": {"cpus_per_task": 99}}, ["train job", "not available", "`train:`"]),
         ({"pack": {"mem": "900T"}}, ["tokenize job", "`pack:`"]),
         ({"shared": ["/nowhere"]}, ["not shared with the nodes", "ALST_RUNS", "/nowhere"]),
-        ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "no such file"]),
+        ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "No such file", "make image"]),
         ({"secrets": "/no/secrets"}, ["secrets = /no/secrets", "mode 0600"]),
         ({"group": "no-such-group"}, ["group = no-such-group", "member of"]),
     ],
