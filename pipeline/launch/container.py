@@ -164,7 +164,7 @@ def _check_python(container: ContainerProfile) -> None:
     command = [program, "exec", "--no-home", "--no-mount=cwd", "--pwd=/", container.image, "python", "-c", _PROBE]
     try:
         done = subprocess.run(
-            command, env=_environment(), capture_output=True, text=True, timeout=START_SECONDS, check=False
+            command, env=apptainer_environment(), capture_output=True, text=True, timeout=START_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         raise UserError(
@@ -187,7 +187,7 @@ def _check_python(container: ContainerProfile) -> None:
         )
 
 
-def _environment() -> dict[str, str]:
+def apptainer_environment() -> dict[str, str]:
     """For Apptainer on this side."""
     own = (
         {} if os.geteuid() != 0 or _capabilities() & _CAP_SYS_RESOURCE else {"APPTAINER_DROP_CAPS": "CAP_SYS_RESOURCE"}
