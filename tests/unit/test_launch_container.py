@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import stat
+import subprocess
 import sys
 import uuid
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.launch.container import with_image
+from pipeline.launch.container import UNPACK, with_image
 from pipeline.launch.submit import prepare
 from pipeline.plan.cluster import ClusterProfile, load_cluster
 from pipeline.plan.image import check_same, identify
@@ -128,6 +129,16 @@ def test_without_a_runtime_the_section_has_no_effect():
 def test_a_bind_that_is_none_is_refused():
     with pytest.raises(ValueError, match="binds"):
         profile_of({"image": "/i.sif", "binds": ["lustre"]})
+
+
+@pytest.mark.parametrize(
+    ("user", "tracks_by", "unpacked"), [(0, "linuxproc", False), (1000, "linuxproc", True), (1000, "pgid", True)]
+)
+def test_an_image_is_unpacked_where_a_signal_would_end_the_process_that_serves_it(user, tracks_by, unpacked):
+    stand_ins = [f"id() {{ echo {user}; }}", f"scontrol() {{ echo 'ProctrackType = proctrack/{tracks_by}'; }}"]
+    text = "\n".join([*stand_ins, *UNPACK, "echo $APPTAINER_UNSQUASH"])
+    done = subprocess.run(["/bin/bash", "-c", text], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.stdout == ("1\n" if unpacked else "\n")
 
 
 # Which image
