@@ -60,19 +60,20 @@ def apptainer() -> Path:
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory, apptainer) -> Path:
-    """The CPU image, built as a user builds it; in $ALST_IMAGES one that is up to date is taken."""
-    folder = Path(os.environ.get("ALST_IMAGES") or tmp_path_factory.mktemp("images"))
-    done = subprocess.run(
-        [sys.executable, ROOT / "containers" / "build.py", "cpu"],
-        env=os.environ | {"ALST_IMAGES": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=BUILD_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "alst-cpu.sif"
+def image(apptainer) -> Iterator[Path]:
+    """The CPU image, built as a user builds it; in $ALST_IMAGES one that is up to date is taken, and stays."""
+    with tempfile.TemporaryDirectory(prefix="alst-images-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(os.environ.get("ALST_IMAGES") or temporary)
+        done = subprocess.run(
+            [sys.executable, ROOT / "containers" / "build.py", "cpu"],
+            env=os.environ | {"ALST_IMAGES": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=BUILD_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        yield folder / "alst-cpu.sif"
 
 
 @pytest.fixture
