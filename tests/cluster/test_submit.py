@@ -122,7 +122,9 @@ def test_the_templates_do_the_same_by_hand(user, two_ranks):
     asked.append("--export=" + ",".join(f"{name}={value}" for name, value in variables.items()))
     for stage, nodes in (("pack", 1), ("train", 2)):
         template = ROOT / "slurm" / f"{stage}.sbatch"
-        user.cluster.ask("sbatch", "--wait", f"--nodes={nodes}", *asked, str(template), str(run / "plan.json"))
+        submit = ["sbatch", "--parsable", f"--nodes={nodes}", *asked, str(template), str(run / "plan.json")]
+        job = user.cluster.ask(*submit).strip()
+        user.wait(lambda job=job: user.cluster.ask("squeue", "-h", "-j", job) == "", run)
     assert losses(run) == two_ranks, told(run) + (run / "job.out").read_text()
 
 
