@@ -16,7 +16,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := containers/versions.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-million plan train stage submit cluster-up cluster-down
+.PHONY: help setup demo demo-million plan train stage submit image cluster-up cluster-down
 .PHONY: test test-quick test-full test-gpu test-packages lint mlflow clean
 
 help: ## this list
@@ -42,6 +42,9 @@ stage: $(VENV)/.ready ## on a node with internet: fetch what RECIPE names on the
 submit: $(VENV)/.ready ## RECIPE as Slurm jobs on NODES nodes: [CLUSTER=name] [DRY_RUN=1] [REHEARSE=1] [ARGS="k=v"]
 	$(BIN)/alst submit $(RECIPE) $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(NODES),--nodes $(NODES)) \
 		$(if $(DRY_RUN),--dry-run) $(if $(REHEARSE),--rehearse) $(ARGS)
+
+image: $(VENV)/bin/python ## the Apptainer image with CUDA; IMAGE=cpu without; in $ALST_IMAGES
+	@TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python containers/build.py $(or $(IMAGE),cuda)
 
 mlflow: $(VENV)/.ready ## the runs in a browser, on http://127.0.0.1:$(PORT)
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
@@ -69,6 +72,7 @@ test-gpu: $(VENV)/.ready-dev ## what only a GPU can prove
 # Where they cannot be installed the tests that need them are skipped by name; under CI=true that is a failure.
 test-packages:
 	@$(PYTHON) slurm/local_cluster.py install || { [ "$(CI)" != true ] && echo "make: tests/cluster will be SKIPPED"; }
+	@$(PYTHON) containers/apptainer.py install || { [ "$(CI)" != true ] && echo "make: test_container will be SKIPPED"; }
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

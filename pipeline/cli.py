@@ -218,6 +218,7 @@ def submit(
         bool, typer.Option("--rehearse", help="The same jobs, but 3 steps at 8,192 tokens; wait, and show their cost.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Also if the plan says that it will not fit or end.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Each node reads its whole image before it starts.")] = False,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.launch.rehearsal import rehearsal_of, wait_lines
@@ -236,7 +237,11 @@ def submit(
             for line in seen_lines(steps_done(run_dir), job) if rehearse else ():
                 typer.echo(line)
         return
+    from pipeline.launch.entry import VERIFY_IMAGE
     from pipeline.launch.submit import prepare, read_jobs, submit_new
+
+    if verify:
+        os.environ[VERIFY_IMAGE] = "1"
 
     profile = load_cluster(name)
     run_dir = prepare(job, profile) if dry_run else submit_new(job, profile, force=force)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from pipeline.errors import RunError
+from pipeline.launch.container import with_image
 from pipeline.launch.jobs import train_job
 from pipeline.launch.refusals import check_submission
 from pipeline.launch.snapshot import take_snapshot
@@ -22,6 +23,7 @@ SHARED_SECONDS = 60  # NFS shows another host's file after its attribute cache h
 def check_lines(plan: JobPlan, profile: ClusterProfile) -> Iterator[str]:
     """What was found, as it becomes known. Raises UserError or RunError at the first thing that is not in order."""
     check_submission(plan, profile)
+    plan = with_image(plan, profile)
     yield "Slurm answers, the partitions are there"
     run_dir = create_run_dir(plan)
     take_snapshot(run_dir)

@@ -7,10 +7,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from pipeline.errors import AlstError, UserError
+from pipeline.launch import stop
+from pipeline.plan.image import check_same
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.run_dir import RunDir
 
@@ -18,6 +21,9 @@ Stage = Literal["pack", "tokenize", "plan", "write", "finish", "train", "check"]
 
 LOGS = "ALST_LOGS"
 """Where a task of a job finds the folder of its start's logs."""
+
+VERIFY_IMAGE = "ALST_VERIFY_IMAGE"
+"""Set in a job that is to read its whole image before it starts."""
 
 SLURM_RANK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 """torch's names of a rank's place, and Slurm's."""
@@ -27,7 +33,10 @@ def run_task(plan_path: str, stage: Stage, task: str = "0/1") -> None:
     """What a task of a submitted job runs: the stage, with its own log in the run folder, under Slurm's signals."""
     # submitit bypasses SIGTERM, and at USR2 rank 0 alone would save, somewhere in a step.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if stage == "train":
+        stop.listen()
+    else:
+        signal.signal(stop.SIGNAL, signal.SIG_IGN)
     take_rank_from_slurm()
     _write_log(RunDir(Path(plan_path).parent), stage)
     code = 0
@@ -42,12 +51,13 @@ def run_task(plan_path: str, stage: Stage, task: str = "0/1") -> None:
 def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
     """Run one stage here, or task I of N of it. Raises AlstError when it fails."""
     plan, run_dir = read_plan(plan_path), RunDir(plan_path.resolve().parent)
+    _check_image(plan)
     match stage:
         case "train":
             take_rank_from_slurm()
             from pipeline.train.main import run
 
-            _as_rank(run, plan, run_dir)
+            _as_rank(partial(_train, run), plan, run_dir)
         case "check":
             take_rank_from_slurm()
             from pipeline.train.cluster_check import check_cluster
@@ -55,6 +65,14 @@ def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
             _as_rank(check_cluster, plan, run_dir)
         case _:
             run_pack(plan, run_dir.packed(plan), stage="all" if stage == "pack" else stage, task=task)
+
+
+def _check_image(plan: JobPlan) -> None:
+    """Raises UserError in a container that is not of the image the plan names; every byte is read if asked for."""
+    path = os.environ.get("APPTAINER_CONTAINER")
+    if path is not None and plan.image is not None:
+        first_on_node = os.environ.get("SLURM_LOCALID", "0") == "0"
+        check_same(plan.image, Path(path), verify=VERIFY_IMAGE in os.environ and first_on_node)
 
 
 def run_pack(plan: JobPlan, output: Path, *, stage: str = "all", task: str = "0/1") -> bool:
@@ -72,6 +90,13 @@ def run_pack(plan: JobPlan, output: Path, *, stage: str = "all", task: str = "0/
             progress=progress,
         )
     return manifest is not None
+
+
+def _train(run: Callable[..., bool], plan: JobPlan, run_dir: RunDir) -> None:
+    """Train until the end, or until a signal; then Slurm is to start the job again."""
+    done = run(plan, run_dir, stop_asked=lambda: stop.asked() and plan.recipe.checkpoint is not None)
+    if not done and os.environ["RANK"] == "0":
+        stop.leave_mark(run_dir)
 
 
 def _as_rank(work: Callable[[JobPlan, RunDir], None], plan: JobPlan, run_dir: RunDir) -> NoReturn:

@@ -4,11 +4,13 @@ Pure: nothing is asked of a cluster here, so that a dry run needs none.
 """
 
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.launch.container import UNPACK, container_of, python_line
+from pipeline.launch.container import variables as container_variables
 from pipeline.launch.entry import Stage
+from pipeline.launch.stop import requeue_lines
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
 from pipeline.plan.environment import Variable, environment
 from pipeline.plan.hub_cache import hub_needs
@@ -42,6 +44,8 @@ class JobRequest:
     """Lines of shell before the tasks start."""
     python: str
     """How a task starts Python; goes to the shell as it is."""
+    teardown: tuple[str, ...] = ()
+    """Lines of shell when all tasks have ended; the first finds their exit code in `$?`."""
     array_tasks: int = 1
     """More than one is a job array: each of its jobs does task I of N of the stage."""
 
@@ -80,6 +84,7 @@ def train_job(
         stage, plan, profile, run_dir, profile.train,
         nodes=plan.nodes, tasks_per_node=tasks, options=options, lines=RENDEZVOUS,
     )  # fmt: skip
+    job = replace(job, teardown=requeue_lines(run_dir))
     return job if stage == "train" else replace(job, time_minutes=min(CHECK_MINUTES, job.time_minutes))
 
 
@@ -104,7 +109,7 @@ def _job(
         time_minutes=asked.time_minutes,
         options=options,
         setup=(*_setup(profile), *_exports(job_environment(plan, profile, run_dir, asked)), *lines),
-        python=_python(profile, run_dir),
+        python=python_line(plan, profile, run_dir, stage),
     )
 
 
@@ -138,6 +143,7 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
         table.append(Variable("HF_HUB_CACHE", cache, "where `alst stage` put model, tokenizer and data"))
     if profile.secrets is not None:
         table.append(Variable("ALST_SECRETS", profile.secrets, "each task reads this file itself"))
+    table += container_variables(profile, tuple(table))
     return tuple({variable.name: variable for variable in table}.values())
 
 
@@ -146,17 +152,8 @@ def _setup(profile: ClusterProfile) -> list[str]:
     if profile.modules:
         lines.append("type module &> /dev/null || source /etc/profile  # a job's shell is no login shell")
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
-    return lines + list(profile.setup)
+    return [*lines, *profile.setup, *(UNPACK if container_of(profile) is not None else ())]
 
 
 def _exports(table: tuple[Variable, ...]) -> list[str]:
     return [f"export {variable.name}={shlex.quote(variable.value)}  # {variable.reason}" for variable in table]
-
-
-def _python(profile: ClusterProfile, run_dir: RunDir) -> str:
-    """This Python, or the image's."""
-    if profile.container is None:
-        return shlex.quote(sys.executable)
-    container = profile.container
-    binds = [f"--bind={bind}" for bind in (str(run_dir.root), *container.binds)]
-    return shlex.join(["apptainer", "exec", *binds, *container.options, container.image, "python"])

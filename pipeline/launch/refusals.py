@@ -98,10 +98,6 @@ def _check_folders(profile: ClusterProfile) -> None:
     for folder in profile.shared or ():
         if not Path(folder).is_dir():
             raise UserError(f"shared = {folder}: no such folder here; mount it, or take it out of the profile")
-    if profile.container is not None and not Path(profile.container.image).is_file():
-        raise UserError(
-            f"container.image = {profile.container.image}: no such file here; build or copy it, or correct the path"
-        )
 
 
 # Limits

@@ -1,6 +1,7 @@
 """A run that goes on: its plan as it was, or with what may change between two starts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import DataError, UserError
@@ -16,7 +17,7 @@ OF_THE_MOMENTS = ("optimizer.name", "optimizer.states_dtype", "optimizer.weight_
 
 def resumed_plan(run_dir: RunDir, overrides: Sequence[str] = ()) -> JobPlan:
     """The plan to go on with. Raises UserError if the folder holds no run, or if another model or data is asked for."""
-    before = read_plan(run_dir.plan)
+    before = replace(read_plan(run_dir.plan), image=None)  # the next jobs' image is for `alst submit` to name
     if not overrides:
         return before
     recipe = load(str(run_dir.recipe), overrides=list(overrides))

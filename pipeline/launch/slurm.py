@@ -5,14 +5,15 @@ import subprocess
 from collections.abc import Mapping
 
 from pipeline.errors import RunError, UserError
+from pipeline.launch.entry import VERIFY_IMAGE
 
 ANSWER_SECONDS = 60  # a controller under load takes some
 
 PASSED_ON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "MODULEPATH")
 """Of the environment that submits: enough for a shell and its modules. All else stays, secrets first of all."""
 
-PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS")
-"""Where things lie; the same for the one who submits and for the job."""
+PASSED_ON_BY_NAME = ("HF_HOME", "HF_HUB_CACHE", "ALST_RUNS", VERIFY_IMAGE)
+"""Where things lie, and whether the image is read whole; the same for the one who submits and for the job."""
 
 FOR_SBATCH = ("SLURM_CONF", "SBATCH_")
 """What sbatch itself reads: where Slurm is, and a person's own defaults, such as SBATCH_ACCOUNT."""

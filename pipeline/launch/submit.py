@@ -18,6 +18,7 @@ from submitit import SlurmExecutor
 
 from pipeline.errors import AlstError, RunError, UserError
 from pipeline.files import write_json
+from pipeline.launch.container import with_image
 from pipeline.launch.entry import Stage, run_task
 from pipeline.launch.foreseen import check_foreseen
 from pipeline.launch.jobs import JobRequest, jobs_of
@@ -62,6 +63,7 @@ def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False) -
     check_submission(plan, profile)
     if not force:
         check_foreseen(plan, profile)
+    plan = with_image(plan, profile)
     run_dir = prepare(plan, profile)
     try:
         submit(jobs_of(plan, profile, run_dir), run_dir)
@@ -74,6 +76,7 @@ def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False) -
 def submit_again(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> list[SubmittedJob]:
     """What is left of a run, in Slurm's queue; the new jobs. Raises UserError before anything is there."""
     check_submission(plan, profile)
+    plan = with_image(plan, profile)
     jobs = jobs_of(plan, profile, run_dir)
     check_accepted(jobs, run_dir)  # before the folder is changed
     run_dir.write_plan(plan)
@@ -160,6 +163,7 @@ def _executor(job: JobRequest, run_dir: RunDir, *, after: str | None) -> _Execut
         cpus_per_task=job.cpus_per_task,
         time=job.time_minutes,
         setup=list(job.setup),
+        teardown=list(job.teardown),
         # Since 22.05 srun forgets sbatch's cpus-per-task; and a rank that fails must not leave the others waiting.
         srun_args=[f"--cpus-per-task={job.cpus_per_task}", "--kill-on-bad-exit=1"],
         additional_parameters=options,

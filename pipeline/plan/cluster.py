@@ -140,8 +140,12 @@ class ContainerProfile(Section):
 
     image: str
     """Path of the .sif, seen by every node."""
-    binds: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """`/source[:/target[:ro]]`, beside the folder of runs, which is always bound."""
+    runtime: Literal["apptainer", "none"] = "apptainer"
+    """What starts it; `none` leaves the section without effect."""
+    binds: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^/[^:]*(:/[^:]*(:r[ow])?)?$")], ...], Field(strict=False)
+    ] = ()
+    """`/source[:/target[:ro]]`, beside what a run needs, which is bound without being named (docs/containers.md)."""
     options: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Further options of `apptainer exec`."""
 

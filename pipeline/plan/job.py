@@ -5,7 +5,7 @@ What a rank needs to know about sizes it reads here; nothing is negotiated at ru
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.plan.auto import combinations, fastest
 from pipeline.plan.fit import longest
 from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.hardware import GIB
+from pipeline.plan.image import Image
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe
@@ -50,15 +51,18 @@ class JobPlan:
     num_mlp_tiles: int
     model_flops_per_step: int
     """At one document per sample, the most there can be; the job counts the documents it trains on."""
+    image: Image | None = None
+    """What its jobs run in, from `alst submit` on; None without a container."""
 
     def to_json(self) -> dict[str, Any]:
-        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "model")}
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("recipe", "model", "image")}
         return {
             "plan_version": PLAN_VERSION,
             "name": self.recipe.name,
             **numbers,
             "model": {**asdict(self.model), "matmul_parameters": self.model.matmul_parameters},
             "recipe": self.recipe.model_dump(mode="json"),
+            "image": None if self.image is None else self.image.to_json(),
         }
 
     @property
@@ -154,6 +158,7 @@ def read_plan(path: Path) -> JobPlan:
         raise UserError(f"{path}: plan_version {version!r}, this code reads {PLAN_VERSION}; plan the recipe again")
     try:
         plan = plan_job(check(raw.get("recipe") or {}), shape=_stored_shape(raw.get("model")))
+        plan = replace(plan, image=_stored_image(raw.get("image")))
     except RecipeError as error:
         raise UserError(f"{path}: its recipe does not hold: {error}; plan the recipe again") from None
     if changed := sorted(key for key, value in plan.to_json().items() if raw.get(key) != value):
@@ -168,6 +173,14 @@ def _stored_shape(raw: Any) -> ModelShape:
         return ModelShape(**{name: value for name, value in dict(raw).items() if name in names})
     except (TypeError, ValueError):
         raise RecipeError("model is not a model's shape") from None
+
+
+def _stored_image(raw: Any) -> Image | None:
+    """The image in a plan.json. Raises RecipeError if it is not whole."""
+    try:
+        return None if raw is None else Image(**raw)
+    except TypeError:
+        raise RecipeError("image is not an image") from None
 
 
 def _resolve_sp(recipe: Recipe, shape: ModelShape, world_size: int) -> int:

@@ -84,6 +84,10 @@ class RunDir:
         """The profile of the cluster it was submitted to."""
         return self.slurm / "cluster.json"
 
+    def requeue_mark(self, job: str) -> Path:
+        """There when the tasks of a job have stopped with steps left: it is to be started again."""
+        return self.slurm / f"requeue-{job}"
+
     def is_packed(self, plan: JobPlan) -> bool:
         """Whether the packed data set is complete: its manifest is written last."""
         return (self.packed(plan) / "manifest.json").is_file()

@@ -91,13 +91,13 @@ class Checkpointer:
         self._news: list[Saved | str] = []
         self._size_bytes = _expected_bytes(trainee)
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is wanted after `step` steps."""
+    def due(self, step: int, *, stopping: bool = False) -> bool:
+        """Whether a checkpoint is wanted after `step` steps; as the last for now if `stopping`."""
         recipe = self._trainee.plan.recipe
         if recipe.checkpoint is None or step == self._saved_step:
             return False
         every = recipe.checkpoint.every_steps
-        return step == recipe.train.steps or (every is not None and step % every == 0)
+        return stopping or step == recipe.train.steps or (every is not None and step % every == 0)
 
     def save(self, cursor: Cursor) -> float:
         """Save the state after `cursor.step` steps. Returns the seconds for which training waited.

@@ -36,6 +36,16 @@ class Watch:
     held_out: HeldOut | None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended."""
+
+    peak_host_rss_bytes: tuple[int, ...]
+    """By rank."""
+    stopped: bool
+    """It was asked to, and steps are left."""
+
+
 def train(
     trainee: Trainee,
     loader: PackedLoader,
@@ -43,8 +53,9 @@ def train(
     watch: Watch,
     checkpointer: Checkpointer,
     reporting: Reporting,
-) -> tuple[int, ...]:
-    """Run every step of `loader`, and save when it is due. Returns each rank's peak host memory in bytes.
+    stop_asked: Callable[[], bool],
+) -> Outcome:
+    """Run every step of `loader`, and save when it is due; or until the step after which some rank was asked to stop.
 
     Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite.
     """
@@ -52,28 +63,37 @@ def train(
     counted = StepFlops.of(trainee.engine.module)
     peaks: tuple[int, ...] = ()
     iterator = iter(loader)
-    while True:
+    stopped = False
+    while not stopped:
         with timer.phase("data"):
             batch = next(iterator, None)
             if batch is None:
                 break
             micro_batches = [model_inputs(micro_batch, trainee) for micro_batch in batch.micro_batches]
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
-        result = run_step(trainee, micro_batches, valid_tokens=batch.valid_tokens, learning_rate=rate, timer=timer)
+        result = run_step(
+            trainee,
+            micro_batches,
+            valid_tokens=batch.valid_tokens,
+            learning_rate=rate,
+            timer=timer,
+            stop_asked=stop_asked,
+        )
         watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
         record = _watched(_record(trainee, batch, result, timer, rate, attached, counted, loader), trainee, watch)
         reporting.tracker.log_step(record)
         if reporting.progress is not None:
             reporting.progress.step(record)
-        if checkpointer.due(batch.step + 1):
+        stopped = result.stop_asked and batch.step + 1 < trainee.plan.recipe.train.steps
+        if checkpointer.due(batch.step + 1, stopping=stopped):
             checkpointer.save(loader.cursor(batch.step + 1))
         _tell(checkpointer, reporting)
     try:
         checkpointer.finish()
     finally:
         _tell(checkpointer, reporting)
-    return peaks
+    return Outcome(peaks, stopped)
 
 
 def _tell(checkpointer: Checkpointer, reporting: Reporting) -> None:

@@ -4,6 +4,7 @@ Runs in every rank; started by `launch.local` or by a job, through `launch.entry
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.evaluate import HeldOut, open_held_out
 from pipeline.train.guard import Guard, NotFiniteError
-from pipeline.train.loop import Reporting, Watch, train
+from pipeline.train.loop import Outcome, Reporting, Watch, train
 from pipeline.train.resume import Resume, find_resume, load
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
 
 
-def run(plan: JobPlan, run_dir: RunDir) -> None:
-    """Train as planned, from the newest checkpoint if there is one. Collective over the ranks of torch's variables."""
+def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+    """Train as planned, from the newest checkpoint if there is one; whether all steps are done.
+
+    When `stop_asked` says so on any rank, the step is the last for now. Collective over the ranks of torch's variables.
+    """
     dataset = PackedDataset.open(run_dir.packed(plan))
     held_out = open_held_out(plan, dataset)
     device = _device(plan)
@@ -70,11 +74,16 @@ def run(plan: JobPlan, run_dir: RunDir) -> None:
     checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir))
     guard = Guard(trainee, dataset, run_dir, lambda step: checkpointer.save_aside(loader.cursor(step - 1)))
     watch = Watch(guard, SpikeDetector(_losses_before(run_dir.metrics, loader.start)), held_out)
-    peaks = _train(trainee, loader, attached, watch, checkpointer, _tracker(plan, run_dir, mesh), run_dir)
-    _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in enumerate(peaks)))
-    if mesh.rank == 0:
+    tracker = _tracker(plan, run_dir, mesh)
+    outcome = _train(trainee, loader, attached, watch, checkpointer, tracker, run_dir, stop_asked)
+    peaks = enumerate(outcome.peak_host_rss_bytes)
+    _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in peaks))
+    if outcome.stopped:
+        _say(mesh, "stopped as asked; what is done is saved")
+    elif mesh.rank == 0:
         _summary(plan, run_dir, dataset)
     dist.barrier()  # the process ends hard after this: no rank may leave while another still needs it
+    return not outcome.stopped
 
 
 def _train(
@@ -85,17 +94,18 @@ def _train(
     checkpointer: Checkpointer,
     tracker: Tracker,
     run_dir: RunDir,
-) -> tuple[int, ...]:
+    stop_asked: Callable[[], bool],
+) -> Outcome:
     """`train`, with what was recorded plotted and the tracker closed, however it ends."""
     mesh = trainee.mesh
     status: RunStatus = "FAILED"
     failed: NotFiniteError | NotSavedError | None = None
-    peaks: tuple[int, ...] = ()
+    outcome = Outcome((), stopped=False)
     try:
         with ProgressLine(trainee.plan.recipe.train.steps) as progress:
             reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
-            peaks = train(trainee, loader, attached, watch, checkpointer, reporting)
-        status = "FINISHED"
+            outcome = train(trainee, loader, attached, watch, checkpointer, reporting, stop_asked)
+        status = "KILLED" if outcome.stopped else "FINISHED"
     except (NotFiniteError, NotSavedError) as error:
         failed = error
     finally:
@@ -104,7 +114,7 @@ def _train(
     if failed is not None:
         dist.barrier()  # every rank comes here; the first to leave would end rank 0 before its last words are written
         raise failed
-    return peaks
+    return outcome
 
 
 def _tell_start(

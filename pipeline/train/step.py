@@ -1,7 +1,7 @@
 """One optimizer step: the micro-batches forward and backward through the engine, then the update."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ class StepResult:
     """By rank."""
     peak_device_bytes: int | None
     """The largest over ranks."""
+    stop_asked: bool
+    """Some rank was asked to stop, by the end of this step."""
 
 
 def run_step(
@@ -54,6 +56,7 @@ def run_step(
     valid_tokens: int,
     learning_rate: float,
     timer: StepTimer,
+    stop_asked: Callable[[], bool] | None = None,
 ) -> StepResult:
     """Forward and backward of every micro-batch, one update.
 
@@ -74,7 +77,7 @@ def run_step(
             engine.backward(loss * scale)
         with timer.phase("optimizer"):
             update = _update(engine, stage=trainee.plan.recipe.zero.stage)
-    return _reduce(loss_sums, update, valid_tokens, trainee)
+    return _reduce(loss_sums, update, valid_tokens, trainee, stop_asked is not None and stop_asked())
 
 
 def model_inputs(batch: Batch, trainee: Trainee) -> dict[str, Any]:
@@ -121,12 +124,17 @@ def _plain_grad_norm(engine: Any) -> float:
     return math.sqrt(float(sum(squares)))
 
 
-def _reduce(loss_sums: list[float], update: Update, valid_tokens: int, trainee: Trainee) -> StepResult:
-    """The step's only collective of ours: each rank's loss sum, where it stopped being finite, and peaks, to all."""
+def _reduce(
+    loss_sums: list[float], update: Update, valid_tokens: int, trainee: Trainee, stop_asked: bool
+) -> StepResult:
+    """The step's only collective of ours: each rank's loss sum, where it stopped being finite, peaks, and whether it
+    was asked to stop, to all."""
     device_peak = peak_device_bytes()
     first = next((number for number, loss in enumerate(loss_sums) if not math.isfinite(loss)), -1)
     mine = torch.tensor(
-        [sum(loss_sums), first, peak_host_rss_bytes(), device_peak or 0], dtype=torch.float64, device=trainee.device
+        [sum(loss_sums), first, peak_host_rss_bytes(), device_peak or 0, stop_asked],
+        dtype=torch.float64,
+        device=trainee.device,
     )
     all_ranks = [torch.empty_like(mine) for _ in range(trainee.mesh.world_size)]
     dist.all_gather(all_ranks, mine)
@@ -138,4 +146,5 @@ def _reduce(loss_sums: list[float], update: Update, valid_tokens: int, trainee: 
         first_not_finite=tuple(None if number < 0 else int(number) for number in table[:, 1]),
         peak_host_rss_bytes=tuple(int(rss) for rss in table[:, 2]),
         peak_device_bytes=None if device_peak is None else int(table[:, 3].max()),
+        stop_asked=bool(table[:, 4].any()),
     )

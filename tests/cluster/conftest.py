@@ -1,16 +1,24 @@
 """One real Slurm cluster for all tests here. Without its packages they are skipped; under CI=true they fail."""
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from containers import apptainer as containers_apptainer
 from pipeline.plan.cluster import CLUSTERS
-from slurm.local_cluster import LocalCluster, missing_programs
-from tests.cluster.user import User
+from slurm.local_cluster import LocalCluster, free_ports, missing_programs
+from tests.cluster.user import ROOT, WAIT_SECONDS, User
+
+BUILD_SECONDS = 1800  # five minutes on two free cores
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +48,34 @@ def user(tmp_path_factory, cluster) -> User:
     return User(tmp_path_factory.mktemp("user"), cluster)
 
 
+@pytest.fixture(scope="session")
+def apptainer() -> Path:
+    """The folder of Apptainer's program."""
+    if (found := containers_apptainer.find()) is None:
+        told = "apptainer is not on this machine; run `python3 containers/apptainer.py install` as root once"
+        if os.environ.get("CI") == "true":
+            pytest.fail(told)
+        pytest.skip(told)
+    return found
+
+
+@pytest.fixture(scope="session")
+def image(apptainer) -> Iterator[Path]:
+    """The CPU image, built as a user builds it; in $ALST_IMAGES one that is up to date is taken, and stays."""
+    with tempfile.TemporaryDirectory(prefix="alst-images-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(os.environ.get("ALST_IMAGES") or temporary)
+        done = subprocess.run(
+            [sys.executable, ROOT / "containers" / "build.py", "cpu"],
+            env=os.environ | {"ALST_IMAGES": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=BUILD_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        yield folder / "alst-cpu.sif"
+
+
 @pytest.fixture
 def profile(tmp_path):
     """The profile `throw-away` with changes, at a path."""
@@ -53,3 +89,36 @@ def profile(tmp_path):
         return str(path)
 
     return profile
+
+
+@pytest.fixture(scope="session")
+def tracking(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """An MLflow server on loopback: its URL and its data base."""
+    folder, (port,) = tmp_path_factory.mktemp("mlflow"), free_ports(1)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "f")]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            command,
+            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", folder / "mlflow.db"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
         ({"train": {"qos": "best"}}, ["train job", "Invalid qos", "`train:`"]),
         ({"shared": ["/nowhere"]}, ["not shared with the nodes", "ALST_RUNS", "/nowhere"]),
         ({"shared": ["/", "/nowhere"]}, ["shared = /nowhere", "no such folder here", "mount it"]),
-        ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "no such file"]),
+        ({"container": {"image": "/no/alst.sif"}}, ["container.image = /no/alst.sif", "No such file", "make image"]),
         (
             {"pack": {"tasks": 1500}, "max_array_size": 2000},
             ["pack.tasks = 1500", "less than this cluster's MaxArraySize = 1001", "use 1000"],

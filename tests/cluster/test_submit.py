@@ -5,17 +5,12 @@ import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
-from slurm.local_cluster import free_ports, search_path
+from slurm.local_cluster import search_path
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
 TWO_RANKS = "hardware.gpus_per_node=1"
@@ -37,39 +32,6 @@ pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
 def two_ranks(user) -> list[float]:
     """The losses of two ranks that were left in peace, without Slurm."""
     return user.train_here("hardware.gpus_per_node=2")
-
-
-@pytest.fixture(scope="module")
-def tracking(tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """An MLflow server on loopback: its URL and its data base."""
-    folder, (port,) = tmp_path_factory.mktemp("mlflow"), free_ports(1)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "f")]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            command,
-            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", folder / "mlflow.db"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
 
 
 def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profile, tracking, tmp_path):
