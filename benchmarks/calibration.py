@@ -19,7 +19,7 @@ from pipeline.plan.hardware import GIB, hardware_of
 from pipeline.plan.host_memory import host_bytes
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.limits import load_of
-from pipeline.plan.memory import LOSS, MLP, MOMENTS, NORM, GpuBytes, Sizes, allocator, gpu_bytes
+from pipeline.plan.memory import LOSS, MOMENTS, GpuBytes, Sizes, allocator, gpu_bytes
 from pipeline.plan.model_shape import ModelShape, model_shape
 from pipeline.plan.terms import Item, Term
 from pipeline.recipe.load import load
@@ -122,7 +122,7 @@ REPORTED = (
 def _theirs(plan: JobPlan, run: Run) -> GpuBytes:
     """The planner's terms as their code would have them.
 
-    - Liger's RMSNorm keeps its input and output and has no float32 copies.
+    - Liger's RMSNorm keeps its input and output, as a tiled one does, and has no float32 copies of a tile either.
     - Liger's SwiGLU, which they use where the MLP is not tiled, keeps gate and up and works in place; beside them are
       the product and its gradient.
     - Without Liger's loss, transformers' own: bfloat16 logits, float32 log-softmax, and the gradients of both.
@@ -136,13 +136,9 @@ def _theirs(plan: JobPlan, run: Run) -> GpuBytes:
 
 def _their_terms(item: Item, run: Run) -> Iterator[Term]:
     for part in item.terms:
-        if item.name == "live_layer" and part.what.startswith("float32"):
+        if item.name == "tiled_norm" and part.what.startswith("float32"):
             continue
-        if item.name == "live_layer" and part.what == "normalized and scaled, second norm":
-            yield replace(part, what="input and output of the second norm", when=frozenset((MLP, NORM)))
-        elif item.name == "live_layer" and part.what == "normalized and scaled, first norm":
-            yield _first_factor(part, 1.0)
-        elif item.name == "tiled_mlp" and "M" not in run.features:
+        if item.name == "tiled_mlp" and "M" not in run.features:
             yield _first_factor(part, 4.0)
         elif item.name == "tiled_loss" and part.what == "logits" and "L" not in run.features:
             yield _first_factor(replace(part, when=frozenset((LOSS,))), 2.0 + 4.0 + 4.0 + 4.0)
@@ -153,13 +149,6 @@ def _their_terms(item: Item, run: Run) -> Iterator[Term]:
 def _first_factor(part: Term, value: float) -> Term:
     (name, _), *others = part.factors
     return replace(part, factors=((name, value), *others))
-
-
-def _their_host_bytes(plan: JobPlan) -> float:
-    """Their layer inputs wait in ordinary memory, which is not rounded up."""
-    host = host_bytes(plan)
-    rounded = [part for item in host.items for part in item.terms if part.what.startswith("blocks of layer inputs")]
-    return host.total - sum(part.value for part in rounded)
 
 
 # The tables
@@ -208,7 +197,7 @@ def _longest(run: Run) -> Row:
 
     def theirs(plan: JobPlan) -> bool:
         hardware = hardware_of(plan.recipe.hardware)
-        gpu, host = _theirs(plan, run).total, _their_host_bytes(plan)
+        gpu, host = _theirs(plan, run).total, host_bytes(plan).total
         return gpu <= (hardware.memory_bytes or 0) and host <= hardware.host_memory_bytes
 
     told = (run.name, run.tokens, run.features or "-")

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_mlp
+from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_mlp, tiled_norm
 from pipeline.memory.offload import DeviceStore, HostStore
+from pipeline.memory.tiled_module import TiledModule
 from pipeline.model.anatomy import decoder_layers, lm_head
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.schema import MemoryRecipe
@@ -30,19 +31,32 @@ def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
     """Attach everything the plan asks for, once the allocator is known to be what the plan set before CUDA started."""
     allocator.check_in_force(plan)
     return attach(
-        model, plan.recipe.memory, mlp_tile_tokens=plan.mlp_tile_tokens, loss_tile_tokens=plan.loss_tile_tokens
+        model,
+        plan.recipe.memory,
+        norm_tile_tokens=plan.norm_tile_tokens,
+        mlp_tile_tokens=plan.mlp_tile_tokens,
+        loss_tile_tokens=plan.loss_tile_tokens,
     )
 
 
-def attach(model: PreTrainedModel, memory: MemoryRecipe, *, mlp_tile_tokens: int, loss_tile_tokens: int) -> Attached:
+def attach(
+    model: PreTrainedModel,
+    memory: MemoryRecipe,
+    *,
+    norm_tile_tokens: int,
+    mlp_tile_tokens: int,
+    loss_tile_tokens: int,
+) -> Attached:
     """Attach what the recipe asks for, from the inside of a layer outwards.
 
-    1. The MLP: inside the layer, so that a checkpointed layer runs the tiled one again.
+    1. Norms and the MLP: inside the layer, so that a checkpointed layer runs the tiled ones again.
     2. The layer: its checkpoint wraps all that is inside.
     3. The loss: the model's own forward around backbone and head. Always attached, because the loss must be computed
        inside the engine's call; without the feature it has one tile.
     """
     store: HostStore | DeviceStore | None = None
+    if memory.tiled_norm is not None:
+        tiled_norm.attach(model, tile_tokens=norm_tile_tokens)
     if memory.tiled_mlp is not None:
         tiled_mlp.attach(model, tile_tokens=mlp_tile_tokens)
     if memory.activation_checkpoint is not None:
@@ -73,7 +87,7 @@ def features_off(model: PreTrainedModel, *, forward: Callable[..., Any], attenti
         for layer in decoder_layers(model):
             stack.enter_context(_instead(layer, "gradient_checkpointing", False))
         for module in model.modules():
-            if isinstance(module, tiled_mlp.TiledMLP):
+            if isinstance(module, TiledModule):
                 stack.enter_context(_instead(module, "forward", module.stock.forward))
         model.set_attn_implementation(attention)
         stack.callback(model.set_attn_implementation, ours)

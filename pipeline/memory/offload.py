@@ -152,9 +152,11 @@ class HostStore:
             self._residents.remove(handle)
             self._resident_bytes -= handle.nbytes
             tensor = unchanged(handle)
+            handle.resident = None
         else:
             self._fetch(handle)
             tensor = self._copies.arrived(handle)
+            handle.resident = None  # whoever holds the handle must not hold the tensor
             self._arena.give_back(handle.number)
             self.held_bytes -= handle.nbytes
         for below in self._open[: -self._ahead - 1 : -1]:
@@ -254,4 +256,6 @@ class DeviceStore:
         return Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version)
 
     def get(self, handle: Handle) -> torch.Tensor:
-        return unchanged(handle)
+        tensor = unchanged(handle)
+        handle.resident = None
+        return tensor

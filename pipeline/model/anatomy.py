@@ -49,6 +49,11 @@ def decoder_layers(model: PreTrainedModel) -> list[Any]:
     return layers
 
 
+def norms(parent: nn.Module) -> list[str]:
+    """The names of the RMSNorms among a module's own children: those of hidden states, not of queries and keys."""
+    return [name for name, child in parent.named_children() if "RMSNorm" in type(child).__name__]
+
+
 def mlps(layer: nn.Module) -> list[str]:
     """The names of a decoder layer's MLPs. Raises RecipeError if none of its children is known to be one."""
     found = [name for name, child in layer.named_children() if name in MLP_NAMES]

@@ -28,7 +28,7 @@ from pipeline.recipe.load import load
 BOUNDS = (0, 23, 24, 61)
 """Documents of 23 tokens, of one, and of 37, which is longer than the windows of tiny models."""
 
-LOSS_TILE_TOKENS, MLP_TILE_TOKENS = 11, 13
+LOSS_TILE_TOKENS, MLP_TILE_TOKENS, NORM_TILE_TOKENS = 11, 13, 17
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,13 @@ def train_attached(
     """
     layers = len(decoder_layers(model))
     memory = load("tiny", overrides=["memory.activation_checkpoint.offload=cpu", *features]).memory
-    attach(model, memory, mlp_tile_tokens=MLP_TILE_TOKENS, loss_tile_tokens=LOSS_TILE_TOKENS)
+    attach(
+        model,
+        memory,
+        norm_tile_tokens=NORM_TILE_TOKENS,
+        mlp_tile_tokens=MLP_TILE_TOKENS,
+        loss_tile_tokens=LOSS_TILE_TOKENS,
+    )
     counting = _CountingKernel(kernel or CpuKernel())
     segments = segments_of(torch.tensor(BOUNDS, dtype=torch.int32), device=torch.device("cpu"))
     context = AttentionContext(segments, Mesh(rank=0, world_size=1, sp=1, sp_group=None), counting)

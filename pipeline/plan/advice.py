@@ -15,6 +15,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     # One tuple per feature, from off to on.
     ("memory.tiled_loss=null", "memory.tiled_loss={tile_tokens: auto, kernel: own}"),
     ("memory.tiled_mlp=null", "memory.tiled_mlp={tile_tokens: auto}"),
+    ("memory.tiled_norm=null", "memory.tiled_norm={tile_tokens: auto}"),
     (
         "memory.activation_checkpoint=null",
         "memory.activation_checkpoint={offload: null, keep_attention: auto, layers_per_group: 1}",
@@ -56,7 +57,11 @@ def advise(plan: JobPlan) -> tuple[Advice, ...]:
 def _helpful(now: Estimate) -> Iterator[tuple[tuple[str, ...], Estimate]]:
     """Single changes that lessen what is missing of one memory and of none make it more."""
     recipe = now.plan.recipe
-    tiles = [f"memory.{name}.tile_tokens=auto" for name in ("tiled_loss", "tiled_mlp") if getattr(recipe.memory, name)]
+    tiles = [
+        f"memory.{name}.tile_tokens=auto"
+        for name in ("tiled_loss", "tiled_mlp", "tiled_norm")
+        if getattr(recipe.memory, name)
+    ]
     for change in (*ALWAYS, *(change for level in LEVELS for change in level), *tiles):
         plan = _planned(recipe, (change,), now.plan.model)
         if plan is None or plan == now.plan:

@@ -303,7 +303,12 @@ def _at(moments: tuple[str, ...], terms: Sequence[Term]) -> tuple[Term, ...]:
 
 
 def _saved_by_norms(at: Sizes) -> tuple[Term, ...]:
-    """Of a layer, both norms: what they compute in, the normalized hidden states, and the output."""
+    """Of a layer, both norms: what they compute in, the normalized hidden states, and the output.
+
+    With tiles their inputs and outputs.
+    """
+    if at.recipe.memory.tiled_norm is not None:
+        return (term("inputs and outputs of two norms", 4, ("bytes", at.d), at.n, at.h),)
     return (
         term("float32 copies of two norms", 2, ("bytes", WIDE), at.n, at.h),
         term("normalized and scaled, two norms", 4, ("bytes", at.d), at.n, at.h),
@@ -339,26 +344,50 @@ def _mlp_parts(at: Sizes) -> int:
 
 
 def live_layer(at: Sizes) -> Item:
-    """The hidden states of the layer that is run again and goes backward, and the temporaries of its norms.
-
-    A stock RMSNorm computes in float32; its backward makes five such copies of the hidden states.
-    """
+    """The hidden states of the layer that is run again and goes backward, but for what its norms make of them."""
     element = ("bytes", at.d)
-    copies = 2 if at.d < WIDE or not at.checkpointed else 1  # in float32 the first norm's is the layer's input
     terms = [
         term("gradient of the layer's output", element, at.n, at.h, when=IN_LAYER),
-        term("float32 copies of its norms", copies, ("bytes", WIDE), at.n, at.h, when=(MLP, NORM)),
-        term("normalized and scaled, first norm", 2, element, at.n, at.h, when=IN_LAYER),
-        term("normalized and scaled, second norm", 2, element, at.n, at.h, when=(MLP,)),
-        term("float32 temporaries of a norm's backward", 5, ("bytes", WIDE), at.n, at.h, when=(NORM, FINAL_NORM)),
         term("gradient of the residual", element, at.n, at.h, when=(ATTENTION,)),
-        term("float32 copy of the last norm", ("bytes", WIDE), at.n, at.h, when=AFTER_LAYERS),
     ]
-    if copies == 2:
-        terms.append(term("float32 copy of its first norm", ("bytes", WIDE), at.n, at.h, when=(ATTENTION,)))
     if at.checkpointed:
         terms.append(term("input and output", 2, element, at.n, at.h, when=IN_LAYER))
     return Item("live_layer", tuple(terms))
+
+
+def tiled_norm(at: Sizes) -> Item:
+    """What the norms of the live layer, and the last one, hold: with tiles their inputs and outputs.
+
+    A stock RMSNorm computes in float32; its backward makes five such copies of the hidden states.
+    """
+    return Item("tiled_norm", _stock_norms(at) if at.recipe.memory.tiled_norm is None else _tiled_norms(at))
+
+
+def _stock_norms(at: Sizes) -> tuple[Term, ...]:
+    element, wide = ("bytes", at.d), ("bytes", WIDE)
+    copies = 2 if at.d < WIDE or not at.checkpointed else 1  # in float32 the first norm's is the layer's input
+    terms = [
+        term("float32 copies of the layer's", copies, wide, at.n, at.h, when=(MLP, NORM)),
+        term("normalized and scaled, first norm", 2, element, at.n, at.h, when=IN_LAYER),
+        term("normalized and scaled, second norm", 2, element, at.n, at.h, when=(MLP,)),
+        term("float32 temporaries of a norm's backward", 5, wide, at.n, at.h, when=(NORM, FINAL_NORM)),
+        term("float32 copy of the last norm", wide, at.n, at.h, when=AFTER_LAYERS),
+    ]
+    if copies == 2:
+        terms.append(term("float32 copy of the first norm", wide, at.n, at.h, when=(ATTENTION,)))
+    return tuple(terms)
+
+
+def _tiled_norms(at: Sizes) -> tuple[Term, ...]:
+    element, tile = ("bytes", at.d), ("tokens of a tile", at.plan.norm_tile_tokens)
+    return (
+        term("output of the first norm", element, at.n, at.h, when=IN_LAYER),
+        term("input of the second norm", element, at.n, at.h, when=(MLP, NORM)),
+        term("output of the second norm", element, at.n, at.h, when=(MLP,)),
+        term("gradients of a norm's output and input", 2, element, at.n, at.h, when=(NORM, FINAL_NORM)),
+        term("float32 temporaries of a tile", 7, ("bytes", WIDE), tile, at.h, when=(NORM, FINAL_NORM)),
+        term("input of the last norm", element, at.n, at.h, when=AFTER_LAYERS),
+    )
 
 
 def attention(at: Sizes) -> Item:
@@ -457,7 +486,7 @@ def allocator(at: Sizes, allocated: float) -> Item:
     return Item("allocator", (term("lost between blocks or not counted", ("share", share), ("allocated", allocated)),))
 
 
-ACTIVATIONS = (batch, activation_checkpoint, live_layer, attention, tiled_mlp, tiled_loss)
+ACTIVATIONS = (batch, activation_checkpoint, live_layer, tiled_norm, attention, tiled_mlp, tiled_loss)
 STATES = (parameters, gradients, optimizer, zero_buffers)
 OUTSIDE = (communication, context)
 """In the order of the table. A memory feature that is new gets a function above and a name here."""

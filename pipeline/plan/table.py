@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from math import ceil
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -52,6 +53,7 @@ def _facts(plan: JobPlan) -> list[tuple[str, str]]:
         ("step", f"{plan.samples_per_step:,} samples, {plan.tokens_per_step:,} tokens"),
         ("loss tiles", f"{plan.num_loss_tiles:,} of {plan.loss_tile_tokens:,} tokens"),
         ("MLP tiles", f"{plan.num_mlp_tiles:,} of {plan.mlp_tile_tokens:,} tokens"),
+        ("norm tiles", f"{ceil(plan.local_seq_len / plan.norm_tile_tokens):,} of {plan.norm_tile_tokens:,} tokens"),
         (
             "ZeRO",
             f"stage {plan.recipe.zero.stage}, optimizer on {plan.recipe.zero.offload_optimizer or 'device'}, "
@@ -181,6 +183,7 @@ def print_fit(estimate: Estimate, *, chosen: bool) -> None:
     features = [
         f"tiled loss {_on(memory.tiled_loss)}",
         f"tiled MLP {_on(memory.tiled_mlp)}",
+        f"tiled norms {_on(memory.tiled_norm)}",
         f"activation checkpoints {waits or 'off'}",
         f"optimizer on {zero.offload_optimizer or 'device'}",
         f"parameters on {zero.offload_parameters or 'device'}",

@@ -258,6 +258,12 @@ class TiledMLP(Section):
     tile_tokens: Count | Auto
 
 
+class TiledNorm(Section):
+    """RMSNorms a tile of tokens at a time: their float32 copies of the hidden states exist for one tile."""
+
+    tile_tokens: Count | Auto
+
+
 class ActivationCheckpoint(Section):
     """Keep the input of every k-th layer only, and run the layers again in backward."""
 
@@ -284,6 +290,7 @@ class Allocator(Section):
 class MemoryRecipe(Section):
     tiled_loss: TiledLoss | None
     tiled_mlp: TiledMLP | None
+    tiled_norm: TiledNorm | None
     activation_checkpoint: ActivationCheckpoint | None
     allocator: Allocator
 

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 LOCAL_SEQ_LEN = {1: 119, 2: 61, 4: 31, 8: 15}
 """By sp. Odd, and no multiple of any tile."""
 
+NO_LOSS, NO_MLP, NO_NORM = "memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.tiled_norm=null"
+
 FEATURES = {
-    "none": ("memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.activation_checkpoint=null"),
-    "loss": ("memory.tiled_mlp=null", "memory.activation_checkpoint=null"),
-    "mlp": ("memory.tiled_loss=null", "memory.activation_checkpoint=null"),
-    "checkpoint": ("memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.activation_checkpoint.offload=null"),
+    "none": (NO_LOSS, NO_MLP, NO_NORM, "memory.activation_checkpoint=null"),
+    "loss": (NO_MLP, NO_NORM, "memory.activation_checkpoint=null"),
+    "mlp": (NO_LOSS, NO_NORM, "memory.activation_checkpoint=null"),
+    "norm": (NO_LOSS, NO_MLP, "memory.activation_checkpoint=null"),
+    "checkpoint": (NO_LOSS, NO_MLP, NO_NORM, "memory.activation_checkpoint.offload=null"),
     "all": (),
     "groups": ("memory.activation_checkpoint.layers_per_group=2",),
     "kept attention": (

@@ -227,8 +227,12 @@ def test_the_command_imports_a_subcommands_modules_only_when_it_runs():
 
 
 def test_features_do_not_know_each_other_and_apply_knows_them_all():
-    """A checkpoint has a store to keep its inputs in; nothing else in memory may know a neighbour."""
-    may = {("pipeline.memory.activation_checkpoint", "pipeline.memory.offload")}
+    """A checkpoint has a store to keep its inputs in, and what is tiled is tiled in one way; no other may know one."""
+    may = {
+        ("pipeline.memory.activation_checkpoint", "pipeline.memory.offload"),
+        ("pipeline.memory.tiled_mlp", "pipeline.memory.tiled_module"),
+        ("pipeline.memory.tiled_norm", "pipeline.memory.tiled_module"),
+    }
     neighbours = {
         (found.importer, found.imported)
         for found in imports()

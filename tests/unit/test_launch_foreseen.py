@@ -12,6 +12,9 @@ from pipeline.plan.job import JobPlan, plan_job
 from pipeline.recipe.load import load
 
 
+TOO_LONG = ["memory.tiled_norm=null", "data.seq_len=4194304"]
+
+
 def planned(*overrides: str) -> JobPlan:
     return plan_job(load("llama8b", overrides=list(overrides)))
 
@@ -29,8 +32,8 @@ def test_a_plan_that_fits_and_ends_is_not_refused():
     ("overrides", "told"),
     [
         (
-            ["memory.tiled_mlp=null"],
-            r"a GPU needs [\d.,]+ of 79.6 GiB; set .*memory.tiled_mlp=\{tile_tokens: auto\} \(",
+            TOO_LONG,
+            r"a GPU needs [\d.,]+ of 79.6 GiB; set .*memory.tiled_norm=\{tile_tokens: auto\} \(",
         ),
         (["hardware.host_memory_gib=400"], r"a node's host memory needs [\d.,]+ of 400.0 GiB; set "),
         (["data.seq_len=16777216"], r"a GPU needs .*, a node's host memory needs "),
@@ -44,9 +47,9 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_frees_enough(overrides, t
 
 def test_changes_that_are_named_make_it_fit():
     with pytest.raises(UserError) as refused:
-        check_foreseen(planned("memory.tiled_mlp=null"), lasting("1-00:00:00"))
+        check_foreseen(planned(*TOO_LONG), lasting("1-00:00:00"))
     found = re.search(r"set (.*) \(`alst plan`", str(refused.value))
-    check_foreseen(planned("memory.tiled_mlp=null", *found[1].split(" and ")), lasting("1-00:00:00"))
+    check_foreseen(planned(*TOO_LONG, *found[1].split(" and ")), lasting("1-00:00:00"))
 
 
 def test_a_time_limit_in_which_no_step_ends_is_refused():

@@ -9,10 +9,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from pipeline.errors import RecipeError, RunError
-from pipeline.memory import activation_checkpoint, tiled_loss, tiled_mlp
+from pipeline.memory import activation_checkpoint, tiled_loss, tiled_mlp, tiled_norm
 from pipeline.memory.offload import DeviceStore, HostStore
 from pipeline.memory.tiled_loss import IGNORE_INDEX, LogitsTransform, logits_transform
 from pipeline.memory.tiled_mlp import TiledMLP
+from pipeline.memory.tiled_norm import TiledNorm
 from pipeline.model.tiny import tiny_config
 
 SEQ_LEN, VOCAB = 37, 61
@@ -244,6 +245,42 @@ def test_an_mlp_that_returns_another_dtype_keeps_it():
     out.sum().backward()
     assert out.dtype == torch.float64
     assert hidden.grad.dtype == tiled.weight.grad.dtype == torch.float32
+
+
+# Norms
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 5, SEQ_LEN - 1, SEQ_LEN, 10 * SEQ_LEN])
+def test_tiled_norms_train_as_the_stock_norms_at_any_tile(tile_tokens):
+    assert_same_training(lambda model: tiled_norm.attach(model, tile_tokens=tile_tokens))
+
+
+def test_norms_of_hidden_states_are_tiled_and_those_of_heads_are_not():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3"](**tiny_config("qwen3")))
+    tiled_norm.attach(model, tile_tokens=4)
+    layers = model.model.layers
+    assert isinstance(model.model.norm, TiledNorm)
+    assert all(isinstance(layer.input_layernorm, TiledNorm) for layer in layers)
+    assert all(isinstance(layer.post_attention_layernorm, TiledNorm) for layer in layers)
+    assert not any(isinstance(layer.self_attn.q_norm, TiledNorm) for layer in layers)
+
+
+def test_a_tiled_norm_keeps_its_input_and_nothing_wider():
+    """In bfloat16, where a stock norm keeps float32 copies."""
+    norm = llama().bfloat16().model.norm
+    hidden = torch.randn(1, 64, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    for module, is_tiled in ((norm, False), (TiledNorm(norm, tile_tokens=4), True)):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module(hidden)
+        assert any(tensor.dtype == torch.float32 for tensor in kept) is not is_tiled
+    assert [tensor.data_ptr() for tensor in kept] == [hidden.data_ptr()]
 
 
 # What cannot be tiled

@@ -38,6 +38,7 @@ SIZES = (
     "model.dtype=bfloat16",
     "memory.tiled_loss={tile_tokens: 64}",
     "memory.tiled_mlp={tile_tokens: 128}",
+    "memory.tiled_norm={tile_tokens: 128}",
     "memory.activation_checkpoint={offload: null}",
     "train.self_check=null",
     "evaluation=null",
@@ -94,11 +95,18 @@ def group_of_two():
 
 CASES = {
     "every feature": (),
+    "no tiled norms": ("memory.tiled_norm=null",),
+    "no checkpoints, no tiled norms": ("memory.activation_checkpoint=null", "memory.tiled_norm=null"),
     "no tiled MLP": ("memory.tiled_mlp=null",),
     "no tiled loss": ("memory.tiled_loss=null",),
     "no checkpoints": ("memory.activation_checkpoint=null",),
     "no checkpoints, no tiled MLP": ("memory.activation_checkpoint=null", "memory.tiled_mlp=null"),
-    "nothing": ("memory.activation_checkpoint=null", "memory.tiled_mlp=null", "memory.tiled_loss=null"),
+    "nothing": (
+        "memory.activation_checkpoint=null",
+        "memory.tiled_norm=null",
+        "memory.tiled_mlp=null",
+        "memory.tiled_loss=null",
+    ),
     "as many KV heads": ("model.config={num_key_value_heads: 4}",),
     "narrow attention": ("model.config={head_dim: 16, num_key_value_heads: 1}",),
     "wide attention": ("model.config={head_dim: 96}",),

@@ -25,7 +25,7 @@ def chosen(plan: JobPlan) -> tuple[bool, int]:
 
 @pytest.mark.parametrize(
     ("host_memory_gib", "expected"),
-    [(1500, (True, 1)), (1100, (True, 2)), (900, (False, 1)), (700, (False, 2)), (400, (False, 4))],
+    [(1500, (True, 1)), (1100, (True, 2)), (900, (True, 4)), (700, (False, 2)), (400, (False, 4))],
 )
 def test_the_less_host_memory_the_less_waits(host_memory_gib, expected):
     plan = planned(f"hardware.host_memory_gib={host_memory_gib}", "data.seq_len=2097152")
