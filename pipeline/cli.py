@@ -234,7 +234,7 @@ def submit(
     if name == LOCAL:
         if not dry_run:
             run_dir = _train_here(job)
-            for line in seen_lines(steps_done(run_dir), job) if rehearse else ():
+            for line in seen_lines(steps_done(run_dir), job, run_dir.packed(job)) if rehearse else ():
                 typer.echo(line)
         return
     from pipeline.launch.entry import VERIFY_IMAGE

@@ -93,7 +93,8 @@ class PackJob:
 
     @property
     def token_parts(self) -> list[TokenPart]:
-        return [TokenPart(self.work, number, len(self.units)) for number in range(len(self.units))]
+        count = len(self.units)
+        return [TokenPart(self.work, number, count, unit.files[0].path) for number, unit in enumerate(self.units)]
 
     @property
     def tokenizer_key(self) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from pipeline.data.files import read_json
 from pipeline.errors import DataError
 from pipeline.files import write_json
+from pipeline.plan.job import PACKED_FORMAT_VERSION
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = PACKED_FORMAT_VERSION
 MANIFEST_NAME = "manifest.json"
 
 

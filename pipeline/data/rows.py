@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pipeline.data.sources import COMPRESSED, SourceFile, Unit
 from pipeline.errors import DataError
 
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow IPC stream
 PARQUET_ROWS = 256  # decoded at a time
 GATHERED_ROWS = 1024  # of JSON lines; a Python integer takes 8 to 36 bytes
 GATHERED_INTEGERS = 1 << 20
@@ -150,9 +151,14 @@ def _arrow_batches(file: SourceFile, columns: Sequence[str]) -> Iterator["Locate
         raise pa.ArrowInvalid("it is empty")
     with file.path.open("rb") as opened:
         mapping = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)  # ends with the last array in it
+    if mapping[-len(END_OF_STREAM) :] != END_OF_STREAM:
+        raise pa.ArrowInvalid("its end is missing")  # cut between two record batches, it would look whole
     source = pa.BufferReader(pa.py_buffer(mapping))
     messages = pa.ipc.MessageReader.open_stream(source)
-    schema = pa.ipc.read_schema(messages.read_next_message())
+    try:
+        schema = pa.ipc.read_schema(messages.read_next_message())
+    except StopIteration:
+        raise pa.ArrowInvalid("it has no schema") from None
     _check_columns(schema, columns=columns, path=file.path)
     for batch in _located_batches(source, messages, schema):
         yield batch

@@ -17,6 +17,8 @@ def largest_id(ids: NDArray[Any], *, limit: int | None, name_of: Callable[[int],
 
     Raises DataError for the first that is negative or not below `limit`; `name_of` names the document of a position.
     """
+    if ids.itemsize < 4:
+        ids = ids.astype(np.int32)
     # A negative id is a huge one: half the time of two looks.
     largest = int(np.maximum.reduce(ids.view(f"u{ids.itemsize}")))
     if largest < min(limit or IDS, IDS):

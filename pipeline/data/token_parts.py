@@ -49,8 +49,8 @@ class TokenRecord:
     documents: int
     """Texts, after `max_document_tokens` cut the long ones."""
     tokens: int
-    stored_in: str | None
-    """The unit's file, where the tokens are read from there."""
+    in_place: bool
+    """Whether the tokens are read from the unit's file."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class TokenPart:
     folder: Path
     index: int = 0
     count: int = 1
+    unit_file: Path | None = None
+    """The first file of its unit, as the sources name it now"""
 
     @property
     def name(self) -> str:
@@ -84,7 +86,7 @@ class TokenPart:
     def tokens_file(self) -> Path:
         """The file that holds the tokens; the part must be complete."""
         record = read_json(self.record_path) or {}
-        return Path(record.get("stored_in") or self.tokens_path)
+        return self.unit_file if record.get("in_place") and self.unit_file is not None else self.tokens_path
 
     def record(self, *, key: str, unit: Unit | None = None) -> TokenRecord | None:
         """Its completion record, if it is complete and was made from the inputs that `key` stands for.

@@ -218,5 +218,5 @@ class _PartWriter:
             files_skipped=self.files_skipped,
             documents=self.documents,
             tokens=self.tokens,
-            stored_in=str(self._unit.files[0].path.resolve()) if self._in_place else None,
+            in_place=bool(self._in_place),
         )

@@ -10,6 +10,7 @@ from pipeline.plan.estimate import estimate
 from pipeline.plan.hardware import GIB
 from pipeline.plan.job import JobPlan
 from pipeline.plan.limits import load_of
+from pipeline.plan.run_dir import packed_folder, runs_root
 
 
 def check_foreseen(plan: JobPlan, profile: ClusterProfile) -> None:
@@ -34,7 +35,8 @@ def _check_fits(plan: JobPlan) -> None:
 
 
 def _check_lasts(plan: JobPlan, profile: ClusterProfile) -> None:
-    least, limit = estimate(plan).least_seconds, 60 * profile.train.time_minutes
+    packed = packed_folder(runs_root(), plan)
+    least, limit = estimate(plan, packed=packed).least_seconds, 60 * profile.train.time_minutes
     if least is not None and least > limit:
         raise UserError(
             f"train.time = {profile.train.time}: must last for the start, one step and one save, and they take "

@@ -5,6 +5,7 @@ Pure: nothing is asked of a cluster here, so that a dry run needs none.
 
 import shlex
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 from pipeline.launch.container import UNPACK, container_of, python_line
@@ -13,10 +14,12 @@ from pipeline.launch.entry import Stage
 from pipeline.launch.stop import requeue_lines
 from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
 from pipeline.plan.environment import Variable, environment
+from pipeline.plan.estimate import estimate
 from pipeline.plan.hub_cache import hub_needs
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
 
+MOST_SIGNAL_SECONDS = 65535  # that sbatch takes
 CHECK_MINUTES = 10  # short jobs start sooner; most of it is the import of torch from a cold disk
 
 RENDEZVOUS = (
@@ -46,6 +49,8 @@ class JobRequest:
     """How a task starts Python; goes to the shell as it is."""
     teardown: tuple[str, ...] = ()
     """Lines of shell when all tasks have ended; the first finds their exit code in `$?`."""
+    signal_seconds: int = 90
+    """Before its time limit it is told to stop."""
     array_tasks: int = 1
     """More than one is a job array: each of its jobs does task I of N of the stage."""
 
@@ -84,8 +89,17 @@ def train_job(
         stage, plan, profile, run_dir, profile.train,
         nodes=plan.nodes, tasks_per_node=tasks, options=options, lines=RENDEZVOUS,
     )  # fmt: skip
-    job = replace(job, teardown=requeue_lines(run_dir))
+    job = replace(job, teardown=requeue_lines(run_dir), signal_seconds=_signal_seconds(plan, run_dir, job))
     return job if stage == "train" else replace(job, time_minutes=min(CHECK_MINUTES, job.time_minutes))
+
+
+def _signal_seconds(plan: JobPlan, run_dir: RunDir, job: JobRequest) -> int:
+    """Time for the step that is under way and a save, by the plan and a third more; at most half of the job's."""
+    foreseen = estimate(plan, packed=run_dir.packed(plan))
+    if foreseen.seconds is None:
+        return job.signal_seconds
+    needed = ceil(4 / 3 * (foreseen.seconds.total + (foreseen.checkpoint_seconds or 0.0)))
+    return max(job.signal_seconds, min(needed, 60 * job.time_minutes // 2, MOST_SIGNAL_SECONDS))
 
 
 def _job(

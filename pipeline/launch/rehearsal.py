@@ -17,7 +17,10 @@ POLL_SECONDS = 2
 
 def rehearsal_of(plan: JobPlan) -> list[str]:
     """Overrides that make the recipe of a plan its rehearsal: the same mesh, short samples, nothing kept."""
+    checkpoint = plan.recipe.memory.activation_checkpoint
+    kept = [] if checkpoint is None else zip(("keep_attention", "layers_per_group"), checkpoint.resolved, strict=True)
     return [
+        *(f"memory.activation_checkpoint.{name}={str(value).lower()}" for name, value in kept),
         f"name={plan.recipe.name}-rehearsal",
         f"parallel.sp={plan.sp}",
         f"data.seq_len={ceil(SEQ_LEN / plan.sp) * plan.sp}",

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.plan.estimate import estimate
@@ -35,13 +36,14 @@ def seen_in(rows: Sequence[dict[str, Any]]) -> Seen:
     )
 
 
-def seen_lines(rows: Sequence[dict[str, Any]], plan: JobPlan) -> Iterator[str]:
-    """What was seen, beside what was planned, one figure a line; nothing if there was no step."""
+def seen_lines(rows: Sequence[dict[str, Any]], plan: JobPlan, packed: Path | None = None) -> Iterator[str]:
+    """What was seen, beside what was planned for the documents in `packed`; nothing without a step."""
     if not rows:
         return
-    seen, planned = seen_in(rows), estimate(plan)
+    seen, planned = seen_in(rows), estimate(plan, packed=packed)
     seconds = None if planned.seconds is None else planned.seconds.total
-    host_share = planned.load.host.total / plan.recipe.hardware.gpus_per_node
+    host = planned.load.host
+    host_share = (host.total - host.by_name["system"]) / plan.recipe.hardware.gpus_per_node
     figures = [
         ("GPU memory, fullest rank", _gib(seen.gpu_bytes), _gib(planned.load.gpu.allocated)),
         ("host memory, a rank", _gib(seen.host_process_bytes), _gib(host_share)),

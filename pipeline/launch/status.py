@@ -24,7 +24,7 @@ def status_lines(run_dir: RunDir) -> Iterator[str]:
     plan = read_plan(run_dir.plan)
     yield _step_line(rows[-1], plan.recipe.train.steps, states)
     if not any(state.is_queued for state in states):
-        yield from seen_lines(rows, plan)
+        yield from seen_lines(rows, plan, run_dir.packed(plan))
 
 
 def _failure_lines(state: JobState, run_dir: RunDir) -> Iterator[str]:

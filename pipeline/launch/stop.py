@@ -36,10 +36,13 @@ def leave_mark(run_dir: RunDir) -> None:
 def requeue_lines(run_dir: RunDir) -> tuple[str, ...]:
     """Of the batch script, behind its tasks, whose exit code stays the job's. There is no scontrol in a container."""
     mark = shlex.quote(str(run_dir.requeue_mark(""))) + '"$SLURM_JOB_ID"'
-    return ("code=$?", f'if [ -e {mark} ]; then rm {mark}; scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"')
+    again = f'rm {mark}; scontrol requeue "$SLURM_JOB_ID" || code=1'  # a job that cannot go on has failed
+    return ("code=$?", f"if [ -e {mark} ]; then {again}; fi", 'exit "$code"')
 
 
 def _note(number: int, _: FrameType | None) -> None:
     if not _asked_at:
         _asked_at.append(time.time())
-        os.write(1, f"asked to stop by {signal.Signals(number).name}: after this step\n".encode())
+        os.write(
+            1, f"asked to stop by {signal.Signals(number).name}: after this step, if checkpoints are saved\n".encode()
+        )

@@ -164,6 +164,7 @@ def _executor(job: JobRequest, run_dir: RunDir, *, after: str | None) -> _Execut
         time=job.time_minutes,
         setup=list(job.setup),
         teardown=list(job.teardown),
+        signal_delay_s=job.signal_seconds,
         # Since 22.05 srun forgets sbatch's cpus-per-task; and a rank that fails must not leave the others waiting.
         srun_args=[f"--cpus-per-task={job.cpus_per_task}", "--kill-on-bad-exit=1"],
         additional_parameters=options,

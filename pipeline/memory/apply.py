@@ -13,6 +13,7 @@ from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_
 from pipeline.memory.offload import DeviceStore, HostStore
 from pipeline.memory.tiled_module import TiledModule
 from pipeline.model.anatomy import decoder_layers, lm_head
+from pipeline.plan.host_memory import arena_bytes
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.schema import MemoryRecipe
 
@@ -36,6 +37,7 @@ def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
         norm_tile_tokens=plan.norm_tile_tokens,
         mlp_tile_tokens=plan.mlp_tile_tokens,
         loss_tile_tokens=plan.loss_tile_tokens,
+        arena_bytes=arena_bytes(plan),
     )
 
 
@@ -46,8 +48,10 @@ def attach(
     norm_tile_tokens: int,
     mlp_tile_tokens: int,
     loss_tile_tokens: int,
+    arena_bytes: int = 0,
 ) -> Attached:
-    """Attach what the recipe asks for, from the inside of a layer outwards.
+    """Attach what the recipe asks for, from the inside of a layer outwards. `arena_bytes` of host memory are taken at
+    once for what is offloaded, and more where that is not enough.
 
     1. Norms and the MLP: inside the layer, so that a checkpointed layer runs the tiled ones again.
     2. The layer: its checkpoint wraps all that is inside.
@@ -63,7 +67,8 @@ def attach(
         keep_attention, layers_per_group = memory.activation_checkpoint.resolved
         # While a group runs again, what the one before it needs is on its way: its input, its layers' outs and lses.
         ahead = 1 + 2 * layers_per_group * keep_attention
-        store = HostStore(ahead=ahead) if memory.activation_checkpoint.offload == "cpu" else DeviceStore()
+        offloads = memory.activation_checkpoint.offload == "cpu"
+        store = HostStore(capacity_bytes=arena_bytes, ahead=ahead) if offloads else DeviceStore()
         activation_checkpoint.attach(
             model, store=store, keep_attention=keep_attention, layers_per_group=layers_per_group
         )

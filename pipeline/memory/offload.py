@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pipeline.errors import RunError
+from pipeline.plan.host_memory import ARENA_ALIGNMENT as ALIGNMENT
 
-ALIGNMENT = 512  # bytes; what CUDA's own allocators align to
 GROWTH_BYTES = 64 << 20  # of a block that was not planned: small runs and tests
 IN_FLIGHT = 2  # tensors on their way out whose device memory is not given back yet
 GIB = 1 << 30
@@ -129,6 +129,11 @@ class HostStore:
         """All that were put and not asked for, the last on top."""
         self._residents: deque[Handle] = deque()
         self._resident_bytes = 0
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of host memory, from the first tensor on."""
+        return 0 if self._arena is None else self._arena.reserved_bytes
 
     def put(self, tensor: torch.Tensor) -> Handle:
         """Sends the tensor to host memory, or what was put before it if there is room for it on its device."""

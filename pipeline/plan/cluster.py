@@ -138,8 +138,8 @@ class ClusterHardware(Section):
 class ContainerProfile(Section):
     """The Apptainer image that jobs run in."""
 
-    image: str
-    """Path of the .sif, seen by every node."""
+    image: Annotated[str, Field(pattern=r"^/")]
+    """Path of the .sif from the root on, seen by every node."""
     runtime: Literal["apptainer", "none"] = "apptainer"
     """What starts it; `none` leaves the section without effect."""
     binds: Annotated[

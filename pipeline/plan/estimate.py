@@ -100,6 +100,7 @@ class Estimate:
             "disk_bytes_per_node": {**self.disk.by_name, "total": self.disk.total},
             "seconds_per_step": None if self.seconds is None else {**self.seconds.by_name, "total": self.seconds.total},
             "tokens_per_second": self.tokens_per_second,
+            "model_flops_per_step": self.model_flops_per_step,
             "mfu": self.mfu,
             "hfu": self.hfu,
             "checkpoint_seconds": self.checkpoint_seconds,

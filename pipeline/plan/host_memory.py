@@ -17,6 +17,8 @@ CPU_PROCESS_BYTES = 700 * MIB
 """The same without CUDA: what 2.9 GiB of `make demo-million` leave when its tensors are taken away."""
 SYSTEM_SHARE = 0.03
 """Of host memory: the system's own, and the page cache that the loader reads through."""
+ARENA_ALIGNMENT = 512
+"""Bytes; as CUDA's own allocators."""
 TOKEN_BYTES = 4
 """Of a packed data set."""
 
@@ -45,6 +47,13 @@ def activation_checkpoint(at: Sizes) -> Item:
     if feature is None or feature.offload != "cpu":
         return Item("activation_checkpoint", ())
     return Item("activation_checkpoint", tuple(term(part.what, *part.factors, at.ranks_of_node) for part in kept(at)))
+
+
+def arena_bytes(plan: "JobPlan") -> int:
+    """Of a rank's block for what waits: each tensor begins at a border of ARENA_ALIGNMENT."""
+    at = Sizes(plan)
+    pieces = at.groups + (2 * at.shape.num_layers if at.keeps_attention else 0)
+    return round(sum(part.value for part in kept(at))) + ARENA_ALIGNMENT * pieces
 
 
 def pinned_overhead(at: Sizes) -> Item:

@@ -20,7 +20,9 @@ from pipeline.plan.model_shape import ModelShape, divisors, model_shape
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe, TiledMLP, TiledNorm
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+PACKED_FORMAT_VERSION = 3
+"""Of packed data sets; one of another format is another data set."""
 
 LOGITS_TILE_BYTES = 1 * GIB
 """Of float32 logits in one tile: large enough for full matmuls, 2,048 tokens at a vocabulary of 128K (ALST §3.1)."""
@@ -91,7 +93,8 @@ class JobPlan:
     def packing_key(self) -> str:
         """Names the packed data set: equal for recipes that ask for the same bytes."""
         data = self.recipe.data.model_dump(mode="json", exclude=set(READING_KEYS))
-        asked = json.dumps({"data": data, "vocab_size": self.model.vocab_size}, sort_keys=True)
+        said = {"data": data, "vocab_size": self.model.vocab_size, "format": PACKED_FORMAT_VERSION}
+        asked = json.dumps(said, sort_keys=True)
         return f"{self.seq_len}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
 

@@ -226,7 +226,12 @@ WINDOW_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
 def _windows(config: Mapping[str, Any]) -> dict[str, int]:
     """The window and how many layers have it; nothing where every layer sees all."""
     window, layers = config.get("sliding_window"), config.get("num_hidden_layers")
-    if not isinstance(window, int) or not isinstance(layers, int) or config.get("use_sliding_window") is False:
+    if (
+        not isinstance(window, int)
+        or window < 1
+        or not isinstance(layers, int)
+        or config.get("use_sliding_window") is False
+    ):
         return {}
     kinds, every = config.get("layer_types"), WINDOW_EVERY.get(config["model_type"])
     if kinds is not None:

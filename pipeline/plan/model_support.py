@@ -67,6 +67,15 @@ def require_supported(model_type: str) -> None:
         raise RecipeError(f"model_type = {model_type!r}: would not train exactly: {found.reason}; {remedy}")
 
 
+COLLECTIONS: Mapping[str, type] = {
+    "layer_types": list,
+    "mlp_only_layers": list,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+}
+"""What is no number or text in a config, and is read here."""
+
+
 def require_exact(config: Mapping[str, Any]) -> None:
     """Raises RecipeError for the first thing in a model's config that would train other than the stock model does."""
     trouble = next(_troubles(config), None)
@@ -75,6 +84,9 @@ def require_exact(config: Mapping[str, Any]) -> None:
 
 
 def _troubles(config: Mapping[str, Any]) -> Iterator[str]:
+    for name, expected in COLLECTIONS.items():
+        if config.get(name) is not None and not isinstance(config[name], expected):
+            yield f"model.config.{name} = {config[name]!r}: must be a {expected.__name__}; correct it, or leave it out"
     for name, value in config.items():
         if is_dropout(name, value) and value > 0:
             yield f"model.config.{name} = {value}: must be 0, nothing random survives a recompute; set it to 0.0"

@@ -203,7 +203,7 @@ class DataRecipe(Section):
     tokenizer_revision: str | None
     separator: str | None
     """Token that ends every text; its document's last token then predicts it. null is none."""
-    seq_len: Annotated[int, Field(ge=2)] | Auto
+    seq_len: Annotated[int, Field(ge=2, lt=2**31)] | Auto
     """Tokens per sample, over all SP ranks; `auto` is the longest that `alst fit` finds."""
     packing: PackingRecipe
     seed: NonNegative

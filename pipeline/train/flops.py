@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from pipeline.data.loader import PackedLoader, StepBatch
 from pipeline.model.anatomy import matmul_parameters
 from pipeline.plan.flops import model_flops, seen_keys
-from pipeline.plan.model_shape import ModelShape, shape_of
+from pipeline.plan.model_shape import APPROXIMATE, ModelShape, shape_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class StepFlops:
         """The real model's; None where neither its linear maps nor its config tell how many of its experts a token
         meets."""
         shape = shape_of(model.config.get_text_config().to_dict())
+        if shape.num_experts and shape.model_type in APPROXIMATE:
+            return None
         counted = shape.matmul_parameters if shape.num_experts else matmul_parameters(model)
         return None if counted is None else cls(shape, counted)
 

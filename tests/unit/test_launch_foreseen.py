@@ -11,7 +11,6 @@ from pipeline.plan.cluster import ClusterProfile, load_cluster
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.recipe.load import load
 
-
 TOO_LONG = ["memory.tiled_norm=null", "data.seq_len=4194304"]
 
 

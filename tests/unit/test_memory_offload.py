@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import RunError
-from pipeline.memory.offload import ALIGNMENT, DeviceStore, HostArena, HostStore
+from pipeline.memory.offload import DeviceStore, HostArena, HostStore
+from pipeline.plan.host_memory import ARENA_ALIGNMENT as ALIGNMENT
 
 
 def numbered(number: int, size: int = 100) -> torch.Tensor:
