@@ -70,8 +70,14 @@ class User:
         return losses(run_in(self.alst("train", str(self.recipe), *overrides)))
 
     def state(self, job: str) -> str:
-        """As the accounting has it."""
-        return self.cluster.ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").strip()
+        """As the accounting has it, once it knows that the job has ended: it learns of it behind the queue."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            state = self.cluster.ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").strip()
+            if state and not {"RUNNING", "PENDING", "REQUEUED"} & set(state.split()):
+                return state
+            assert time.monotonic() < deadline, f"job {job}: {state!r}"
+            time.sleep(0.2)
 
     def wait(self, what: Callable[[], bool], run: Path) -> None:
         deadline = time.monotonic() + WAIT_SECONDS

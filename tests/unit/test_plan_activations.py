@@ -18,8 +18,10 @@ from pipeline.attention.function import NAME, AttentionContext, register
 from pipeline.attention.kernels.cpu import CpuKernel
 from pipeline.attention.segments import segments_of
 from pipeline.memory.apply import Attached, attach_features
+from pipeline.memory.offload import HostStore
 from pipeline.model.build import build_model
 from pipeline.parallel.mesh import Mesh
+from pipeline.plan.host_memory import arena_bytes, host_bytes
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.memory import MOMENTS, activation_bytes, activation_moment
 from pipeline.recipe.load import load
@@ -140,13 +142,13 @@ def test_with_a_shared_sequence_too(group_of_two):
     assert activation_bytes(plan) == pytest.approx(measured(plan).peak_bytes, rel=TOLERANCE), activation_moment(plan)
 
 
-def test_what_waits_in_host_memory_is_counted_to_the_byte():
-    from pipeline.plan.host_memory import host_bytes
-
-    plan = planned("memory.activation_checkpoint={offload: cpu}")
+@pytest.mark.parametrize("settings", ["", "keep_attention: true", "keep_attention: true, layers_per_group: 2"])
+def test_what_waits_in_host_memory_is_counted_to_the_byte_and_taken_at_once(settings):
+    plan = planned(f"memory.activation_checkpoint={{offload: cpu, {settings}}}")
     store = measured(plan).attached.store
-    assert store is not None
+    assert isinstance(store, HostStore)
     assert store.peak_bytes == host_bytes(plan).by_name["activation_checkpoint"]
+    assert store.reserved_bytes == arena_bytes(plan), "it did not have to grow"
 
 
 def test_the_cases_meet_the_moments_that_differ():
