@@ -13,6 +13,10 @@ from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.limits import load_of
 
 POINTS = 48
+COLORS = (
+    *("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb"),  # Paul Tol's bright scheme,
+    *("#77aadd", "#99ddff", "#44bb99", "#eedd88", "#ee8866", "#ffaabb", "#dddddd"),  # and his light one
+)
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -45,7 +49,7 @@ def plot_memory(plan: JobPlan, path: Path) -> None:
         _Curve("GPU, a rank", [load.gpu.by_name for load in loads], hardware.memory_bytes),
         _Curve("host, a node", [load.host.by_name for load in loads], hardware.host_memory_bytes),
     )
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     for axes, curve in zip(figure.subplots(1, 2), curves, strict=True):
         _draw(axes, lengths, curve, planned=plan.seq_len, fitting=fitting)
     gpus = plan.recipe.hardware
@@ -81,15 +85,15 @@ def _at(plan: JobPlan, length: int) -> JobPlan:
 def _draw(axes: Any, lengths: Sequence[int], curve: _Curve, *, planned: int, fitting: int | None) -> None:
     names = [name for name in curve.columns[0] if any(column[name] for column in curve.columns)]
     layers = [[column[name] / GIB for column in curve.columns] for name in names]
-    axes.stackplot(lengths, layers, labels=[name.replace("_", " ") for name in names], alpha=0.8)
+    colors = [COLORS[place % len(COLORS)] for place in range(len(names))]
+    axes.stackplot(lengths, layers, labels=[name.replace("_", " ") for name in names], colors=colors, alpha=0.85)
     if curve.limit is not None:
         axes.axhline(curve.limit / GIB, color="black", linewidth=1.2)
-        axes.annotate(
-            "there is", (lengths[0], curve.limit / GIB), textcoords="offset points", xytext=(2, 3), fontsize=8
-        )
+        told = f"there is: {curve.limit / GIB:,.0f} GiB"
+        axes.annotate(told, (0, curve.limit / GIB), textcoords="offset points", xytext=(4, 3), fontsize=8)
     axes.axvline(planned, color="black", linestyle=":", label=f"planned: {planned:,}")
     if fitting is not None:
         axes.axvline(fitting, color="black", linestyle="--", label=f"longest: {fitting:,}")
     axes.set(title=curve.title, xlabel="tokens per sample", ylabel="GiB", xlim=(0, lengths[-1]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
-    axes.legend(loc="upper left", fontsize=7)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, reverse=True, frameon=False)
