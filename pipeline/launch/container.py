@@ -74,6 +74,20 @@ def container_of(profile: ClusterProfile) -> ContainerProfile | None:
     return profile.container if profile.container is not None and profile.container.runtime != "none" else None
 
 
+def lines(profile: ClusterProfile) -> tuple[str, ...]:
+    """Of the batch script, before its tasks: whether every node has the image, and how it is mounted there."""
+    container = container_of(profile)
+    if container is None:
+        return ()
+    image = shlex.quote(container.image)
+    told = f"alst: container.image = {container.image}: not on every node of this job; copy it to a folder they share"
+    return (
+        f'srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 test -r {image} || '
+        f"{{ echo {shlex.quote(told)} >&2; exit 1; }}",
+        *UNPACK,
+    )
+
+
 def python_line(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, stage: Stage) -> str:
     """How a task of a stage starts Python, as a shell reads it: this Python, or the image's."""
     container = container_of(profile)

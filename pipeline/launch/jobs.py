@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from pipeline.launch.container import UNPACK, container_of, python_line
+from pipeline.launch.container import lines as container_lines
+from pipeline.launch.container import python_line
 from pipeline.launch.container import variables as container_variables
 from pipeline.launch.entry import Stage
 from pipeline.launch.stop import requeue_lines
@@ -166,7 +167,7 @@ def _setup(profile: ClusterProfile) -> list[str]:
     if profile.modules:
         lines.append("type module &> /dev/null || source /etc/profile  # a job's shell is no login shell")
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
-    return [*lines, *profile.setup, *(UNPACK if container_of(profile) is not None else ())]
+    return [*lines, *profile.setup, *container_lines(profile)]
 
 
 def _exports(table: tuple[Variable, ...]) -> list[str]:

@@ -24,10 +24,25 @@ class DocumentMix:
     """Where this comes from."""
 
 
+def _worst_case(plan: "JobPlan") -> DocumentMix:
+    """One document per sample, or documents as long as the recipe lets them be."""
+    data, length, window = plan.recipe.data, plan.seq_len, plan.model.window
+    cut = [source.max_document_tokens or length for source in data.sources]
+    longest = min(data.packing.longest_document_tokens or length, max(cut))
+    if longest >= length or data.cross_document_attention:
+        return DocumentMix(length**2, seen_keys([length], window), "one document per sample, the worst case")
+    lengths = [longest] * (length // longest) + ([length % longest] if length % longest else [])
+    return DocumentMix(
+        sum(tokens**2 for tokens in lengths),
+        seen_keys(lengths, window),
+        f"documents of {longest:,} tokens, the longest that the recipe allows",
+    )
+
+
 def documents_of(plan: "JobPlan", packed: "Path | None" = None) -> DocumentMix:
-    """Of the packed data set in that folder, if it is whole and tells; else one document per sample."""
+    """Of the packed data set in that folder, if it is whole and tells; else the longest that the recipe allows."""
     length, window = plan.seq_len, plan.model.window
-    worst = DocumentMix(length**2, seen_keys([length], window), "one document per sample, the worst case")
+    worst = _worst_case(plan)
     if packed is None or plan.recipe.data.cross_document_attention:
         return worst
     try:

@@ -94,13 +94,16 @@ class Estimate:
         load = self.load
         return {
             "mesh": {"dp": self.plan.dp, "sp": self.plan.sp},
-            "documents": {"sum_len_squared": self.documents.sum_len_squared, "from": self.documents.told},
+            "documents": {
+                "sum_len_squared": self.documents.sum_len_squared,
+                "model_flops_per_step": self.model_flops_per_step,
+                "from": self.documents.told,
+            },
             "gpu_bytes": _bytes(load.gpu.by_name, load.hardware.memory_bytes) | {"peak_at": load.gpu.moment},
             "host_bytes_per_node": _bytes(load.host.by_name, load.hardware.host_memory_bytes),
             "disk_bytes_per_node": {**self.disk.by_name, "total": self.disk.total},
             "seconds_per_step": None if self.seconds is None else {**self.seconds.by_name, "total": self.seconds.total},
             "tokens_per_second": self.tokens_per_second,
-            "model_flops_per_step": self.model_flops_per_step,
             "mfu": self.mfu,
             "hfu": self.hfu,
             "checkpoint_seconds": self.checkpoint_seconds,

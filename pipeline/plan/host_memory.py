@@ -42,11 +42,20 @@ def offloaded_parameters(at: Sizes) -> Item:
 
 
 def activation_checkpoint(at: Sizes) -> Item:
-    """What a node's ranks keep from forward to backward; pinned in one block, so nothing is rounded up."""
+    """Layer inputs that a node's ranks keep from forward to backward; pinned in one block, nothing is rounded up."""
+    return Item("activation_checkpoint", _offloaded(at)[:1])
+
+
+def kept_attention(at: Sizes) -> Item:
+    """Attention's outputs, in the same block."""
+    return Item("kept_attention", _offloaded(at)[1:])
+
+
+def _offloaded(at: Sizes) -> tuple[Term, ...]:
     feature = at.recipe.memory.activation_checkpoint
     if feature is None or feature.offload != "cpu":
-        return Item("activation_checkpoint", ())
-    return Item("activation_checkpoint", tuple(term(part.what, *part.factors, at.ranks_of_node) for part in kept(at)))
+        return ()
+    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in kept(at))
 
 
 def arena_bytes(plan: "JobPlan") -> int:
@@ -103,7 +112,16 @@ def system(at: Sizes) -> Item:
     return Item("system", (term("of host memory", share, ("host memory", at.hardware.host_memory_bytes)),))
 
 
-HOST_ITEMS = (optimizer, offloaded_parameters, activation_checkpoint, pinned_overhead, loader, processes, system)
+HOST_ITEMS = (
+    optimizer,
+    offloaded_parameters,
+    activation_checkpoint,
+    kept_attention,
+    pinned_overhead,
+    loader,
+    processes,
+    system,
+)
 
 
 def checkpoints(at: Sizes) -> Item:

@@ -155,6 +155,20 @@ def test_an_image_that_was_replaced_is_refused_by_the_job_and_a_damaged_one_at_s
     assert "is not the image this run was submitted with" in done.stderr
 
 
+def test_an_image_that_a_node_has_not_is_told_with_the_remedy(user, in_image, image, on_path, tmp_path):
+    """It is there when the job is submitted, and gone when the job starts."""
+    mine = tmp_path / "mine.sif"
+    shutil.copyfile(image, mine)
+    held = {"extra": {"hold": True}}
+    run = user.submit("--nodes", "1", "data.seed=6", cluster=in_image(mine, pack=held), **on_path)
+    mine.unlink()
+    user.cluster.ask("scontrol", "release", jobs(run)["tokenize"])
+    user.wait_for_end(run)
+    assert "FAILED" in user.state(jobs(run)["tokenize"])
+    status = user.alst("status", run.name)
+    assert f"container.image = {mine}: not on every node of this job; copy it to a folder they share" in status
+
+
 def inspect(image: Path, apptainer: Path, what: str):
     done = subprocess.run(
         [apptainer / "apptainer", "inspect", "--json", f"--{what}", image], capture_output=True, check=True

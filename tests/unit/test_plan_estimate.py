@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.errors import RecipeError
 from pipeline.plan.advice import advise, changed, choose
+from pipeline.plan.documents import documents_of
 from pipeline.plan.estimate import Estimate, estimate
 from pipeline.plan.fit import STEP_TOKENS
 from pipeline.plan.hardware import GIB, HARDWARE
@@ -169,7 +170,8 @@ KEPT_LAYER = 2 * 4096 + 4 * 32
 )
 def test_what_is_kept_waits_on_the_host(settings, token_bytes):
     host = estimated(f"memory.activation_checkpoint={{{settings}}}").load.host.by_name
-    assert host["activation_checkpoint"] == 2_097_152 * token_bytes
+    assert host["activation_checkpoint"] + host["kept_attention"] == 2_097_152 * token_bytes
+    assert bool(host["kept_attention"]) is ("keep_attention: true" in settings)
 
 
 def test_on_a_cpu_what_would_lie_on_a_gpu_is_host_memory():
@@ -384,3 +386,16 @@ def test_a_length_that_no_features_make_fit_is_refused():
         RecipeError, match=r"fits with no set of features on 1 nodes of 8 H100-80GB; take a shorter one"
     ):
         choose(load("llama8b", overrides=["data.seq_len=67108864"]), features="auto")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lengths"),
+    [
+        (("data.packing.longest_document_tokens=1000000",), [1_000_000, 1_000_000, 97_152]),
+        (("data.sources.0.max_document_tokens=1048576",), [1_048_576] * 2),
+        (("data.packing.longest_document_tokens=9000000",), [2_097_152]),
+        (("data.sources.0.max_document_tokens=4096", "data.cross_document_attention=true"), [2_097_152]),
+    ],
+)
+def test_documents_are_as_long_as_the_recipe_lets_them_be(overrides, lengths):
+    assert documents_of(planned(*overrides)).sum_len_squared == sum(length**2 for length in lengths)
