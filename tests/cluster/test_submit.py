@@ -51,7 +51,8 @@ def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profi
         assert {log.name for log in run.glob(f"logs/{stage}-*/0/*")} == {"rank0.log", "rank1.log"}
     assert len(list(run.glob(f"logs/train-{jobs(run)['train']}/0/rank*.log"))) == 8
     with closing(sqlite3.connect(database)) as connection:
-        tracked = connection.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
+        rows = "from metrics join runs using (run_uuid) where name = ? and key = 'loss' order by step"
+        tracked = connection.execute(f"select step, value {rows}", [run.name]).fetchall()
     assert tracked == list(enumerate(losses(run), start=1))
     files = [path for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
     kept = {str(path): path.read_bytes() for path in files}
