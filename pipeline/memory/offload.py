@@ -1,9 +1,9 @@
 """Where tensors wait from forward to backward: on the device, or in host memory.
 
 Backward asks for them in the opposite order, so host memory is a stack: one block, filled from the bottom up and given
-back from the top down. On a GPU the copies run on streams of their own; what is asked for next is on its way back before
-it is asked for. What was put last may stay on the device (`resident_bytes`), for it is asked for first. On a CPU copies
-take the place of transfers, with the same bytes counted.
+back from the top down. On a GPU the copies run on streams of their own; what is asked for next is on its way back
+before it is asked for. What was put last may stay on the device (`resident_bytes`), for it is asked for first.
+On a CPU copies take the place of transfers, with the same bytes counted.
 """
 
 from collections import deque
