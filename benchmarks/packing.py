@@ -12,6 +12,7 @@ costs where the machine is busy with other work, which the write limit hardly no
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -32,6 +33,7 @@ SEQ_LEN = 3_700_000
 DOCUMENTS = 168_147
 ROWS_PER_BATCH = 1000  # as `datasets` writes them
 VOCABULARY = 128_256
+PAGE = 4096
 
 
 def lengths_of(documents: int) -> np.ndarray:
@@ -64,14 +66,24 @@ def write_corpus(folder: Path, lengths: np.ndarray) -> None:
 
 def write_limit(corpus: Path, output: Path) -> dict[str, Any]:
     """As many bytes as the corpus has, written from memory past the page cache, a sample at a time."""
-    from pipeline.data.direct_file import DirectFile, aligned_tokens
+    return _write(corpus, output, np.frombuffer(mmap.mmap(-1, 4 * SEQ_LEN // PAGE * PAGE), np.uint32))
 
-    tokens = aligned_tokens(SEQ_LEN)
+
+def write_limit_huge_pages(corpus: Path, output: Path) -> dict[str, Any]:
+    """The same from memory in huge pages, which the kernel hands to the disk in larger pieces; `alst pack` does so."""
+    from pipeline.data.direct_file import aligned_tokens
+
+    return _write(corpus, output, aligned_tokens(SEQ_LEN // 1024 * 1024))
+
+
+def _write(corpus: Path, output: Path, tokens: np.ndarray) -> dict[str, Any]:
+    from pipeline.data.direct_file import DirectFile
+
     left = (corpus / "data-00000-of-00001.arrow").stat().st_size // 4
     with DirectFile(output) as file:
         while left > 0:
-            file.write(tokens[: min(left, SEQ_LEN // 1024 * 1024)].data)
-            left -= SEQ_LEN // 1024 * 1024
+            file.write(tokens[:left].data)
+            left -= len(tokens)
     return {}
 
 
@@ -112,7 +124,8 @@ def trl_bfd_split(corpus: Path, output: Path) -> dict[str, Any]:
 
 
 MEASURED: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
-    function.__name__: function for function in (write_limit, packed_direct, packed_buffered, trl_bfd_split)
+    function.__name__: function
+    for function in (write_limit, write_limit_huge_pages, packed_direct, packed_buffered, trl_bfd_split)
 }
 
 
@@ -131,6 +144,8 @@ def measure(name: str, corpus: Path, output: Path) -> dict[str, Any]:
         import datasets  # noqa: F401
         import trl  # noqa: F401
     else:
+        import pandas  # noqa: F401  (pyarrow imports it with its first array; `datasets` does at once)
+
         import pipeline.data.pack  # noqa: F401
     before = _memory_mib("VmRSS")
     began, cpu_began = time.monotonic(), time.process_time()

@@ -22,8 +22,10 @@ DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def aligned_tokens(count: int) -> NDArray[np.uint32]:
-    """uint32 [count], zeros, in memory that direct I/O can write from."""
-    memory = mmap.mmap(-1, max(PAGE, -(-4 * count // PAGE) * PAGE))
+    """uint32 [count], zeros, in memory that direct I/O can write from: in huge pages, which are sooner pinned."""
+    memory = mmap.mmap(-1, max(PAGE, -(-4 * count // PAGE) * PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint32, count)
 
 

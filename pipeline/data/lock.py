@@ -82,7 +82,9 @@ def _lock(descriptor: int, kind: int, *, wait: bool = False) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        warnings.warn("the file system has no locks; do not pack twice into one folder", RuntimeWarning, stacklevel=1)
+        warnings.warn(
+            "the file system has no locks; do not start the same work twice there", RuntimeWarning, stacklevel=1
+        )
     return True
 
 

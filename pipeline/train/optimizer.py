@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.plan.job import JobPlan
+from pipeline.train.operators import load_cpu_adam
 
 
 def create_optimizer(model: nn.Module, plan: JobPlan) -> torch.optim.Optimizer:
@@ -18,6 +19,7 @@ def create_optimizer(model: nn.Module, plan: JobPlan) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=recipe.lr)
     options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
     if plan.recipe.zero.offload_optimizer == "cpu":
+        load_cpu_adam()
         on_host: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups, adamw_mode=True, fp32_optimizer_states=recipe.states_dtype == "float32", **options
         )

@@ -1,6 +1,7 @@
 """Interrupted and resumed is as if it had not been: bit for bit on the same ranks, within rounding on others."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.plan.run_dir import RunDir
+from pipeline.train import operators
 from pipeline.train.export import export
 from tests.multiprocess.case import Case
 from tests.multiprocess.ranks import ON_CPU, run_ranks
@@ -86,7 +88,11 @@ def test_an_export_holds_the_weights_that_training_goes_on_with(two_ranks, folde
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU Adam at first use, with g++")
-def test_with_adam_on_the_host_too(tmp_path):
+def test_with_adam_on_the_host_too_and_a_killed_process_has_left_torchs_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv(operators.FOLDER, os.environ.get(operators.FOLDER, operators.default_folder()))
+    lock = Path(os.environ[operators.FOLDER]) / "cpu_adam" / operators.TORCHS_LOCK
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
     losses = run(ON_HOST, "both", ranks=2, folder=tmp_path)
     for case in ON_HOST:
         check_equal(losses[case.name])
