@@ -1,7 +1,7 @@
 """CUDA's caching allocator: whether the setting that `plan.environment` made is really in force.
 
 Expandable segments keep the allocator from fragmenting when tensors of many gigabytes come and go (ALST,
-arXiv 2506.13996, §3.4). The variable's name changed between torch versions, and the wrong one is ignored silently.
+arXiv 2506.13996, §3.4). A setting of the user's own, or a variable of another name, is ignored silently.
 """
 
 import torch

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.schema import Gpu
 
+EXACT_PINNED_BLOCKS = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
+"""torch would give a block of 33 GiB 64. Those that keep their size must not be cached: up to 2.13 torch may hand one
+out to a larger request (pytorch/pytorch#192722)."""
+
 
 @dataclass(frozen=True)
 class Variable:
@@ -39,12 +43,11 @@ def environment(plan: JobPlan, *, cpus_per_rank: int) -> list[Variable]:
         table.append(
             Variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "cuBLAS sums in one order only with a workspace of its own")
         )
-    if plan.recipe.memory.allocator.expandable_segments:
-        # torch >= 2.9 reads the first name, older ones the second; the wrong one is ignored without a word.
-        table += [
-            Variable(name, "expandable_segments:True", "CUDA's caching allocator must not fragment (ALST §3.4)")
-            for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-        ]
+    segments = "expandable_segments:True," if plan.recipe.memory.allocator.expandable_segments else ""
+    reason = "large page-locked blocks are not rounded up to powers of two"
+    if segments:
+        reason = f"CUDA's caching allocator must not fragment (ALST §3.4); {reason}"
+    table.append(Variable("PYTORCH_ALLOC_CONF", segments + EXACT_PINNED_BLOCKS, reason))
     return table
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.plan import fitted
 from pipeline.recipe.schema import Gpu, HardwareRecipe, ModelRecipe
 
 GIB = 2**30
@@ -75,7 +76,7 @@ def hardware_of(recipe: HardwareRecipe) -> Hardware:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The part of a vendor's figure that a step gets. `docs/planner.md` says which were fitted, and to what."""
+    """The part of a vendor's figure that a step gets. `plan/fitted.py` has what was fitted."""
 
     matmul: float
     """Of the bf16 peak, in large matmuls."""
@@ -88,11 +89,11 @@ class Efficiency:
     """Of the GPU's memory rate, in elementwise kernels."""
 
 
-_ATTENTION: Mapping[Kernel, Mapping[str, tuple[float, float]]] = {
+_ATTENTION: Mapping[Kernel, Mapping[str, tuple[float, float | None]]] = {
     # (forward, backward). flash-attn 2 and 3: the figures of their papers (2307.08691, 2407.08608), causal, head dim
-    # 128, 16K tokens; on H100 the backward of flash-attn 2 is fitted to the 8-GPU run of ALST. flash-attn 4: its
+    # 128, 16K tokens; on H100 the backward of flash-attn 2 is fitted. flash-attn 4: its
     # authors' on B200. torch runs flash-attn 2's algorithm.
-    "flash_attention_2": {"A100": (0.60, 0.55), "H100": (0.38, 0.325), "B200": (0.20, 0.16)},
+    "flash_attention_2": {"A100": (0.60, 0.55), "H100": (0.38, None), "B200": (0.20, 0.16)},
     "flash_attention_3": {"H100": (0.62, 0.50)},
     "flash_attention_4": {"H100": (0.60, 0.48), "B200": (0.65, 0.45)},
 }
@@ -126,4 +127,4 @@ def efficiency_of(model: ModelRecipe, gpu: Gpu) -> Efficiency:
     generation = _GENERATION[gpu]
     by_generation = _ATTENTION[kernel_of(model, gpu)]
     forward, backward = by_generation.get(generation, _ATTENTION["flash_attention_2"][generation])
-    return Efficiency(_MATMUL[generation], forward, backward)
+    return Efficiency(_MATMUL[generation], forward, backward or fitted.constants.attention_backward)

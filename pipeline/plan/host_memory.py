@@ -1,11 +1,11 @@
 """Bytes of a node's host memory and disk, item by item: one function per item, under the feature's name."""
 
 from dataclasses import dataclass
-from math import ceil
 from typing import TYPE_CHECKING
 
+from pipeline.plan import fitted
 from pipeline.plan.hardware import GIB, MIB
-from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, kept, states
+from pipeline.plan.memory import Sizes, gpu_bytes, kept, states
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 4 * GIB
 """Of a rank's process beside what is counted: CUDA, torch, transformers, DeepSpeed."""
+SYSTEM_SHARE = 0.005
+"""Of host memory: the system's own; the page cache gives way."""
 CPU_PROCESS_BYTES = 700 * MIB
 """The same without CUDA: what 2.9 GiB of `make demo-million` leave when its tensors are taken away."""
-SYSTEM_SHARE = 0.03
-"""Of host memory: the system's own, and the page cache that the loader reads through."""
 ARENA_ALIGNMENT = 512
 """Bytes; as CUDA's own allocators."""
 TOKEN_BYTES = 4
@@ -24,13 +24,16 @@ TOKEN_BYTES = 4
 
 
 def optimizer(at: Sizes) -> Item:
-    """Master weights, moments, and both buffers that DeepSpeed keeps of gradients: 20 bytes a parameter in float32."""
+    """Master weights, moments, both buffers that DeepSpeed keeps of gradients, and what surrounds them."""
     if not at.optimizer_offloaded:
         return Item("optimizer", ())
     here = (at.ranks_of_node,)
     kept = states(at, *here, over=(at.ranks,))
     grads = term("gradients, summed and for the update", 2, ("bytes", at.state), at.parameters, *here, over=(at.ranks,))
-    return Item("optimizer", (*kept, grads))
+    beside = ("bytes", fitted.constants.host_bytes_per_parameter)
+    return Item(
+        "optimizer", (*kept, grads, term("what surrounds them", beside, at.parameters, *here, over=(at.ranks,)))
+    )
 
 
 def offloaded_parameters(at: Sizes) -> Item:
@@ -65,32 +68,6 @@ def arena_bytes(plan: "JobPlan") -> int:
     return round(sum(part.value for part in kept(at))) + ARENA_ALIGNMENT * pieces
 
 
-def pinned_overhead(at: Sizes) -> Item:
-    """torch rounds the page-locked blocks of ZeRO up to powers of two; what that adds."""
-    if not at.on_gpu:
-        return Item("pinned_overhead", ())
-    terms = [_rounding(what, count, size, at.ranks_of_node) for what, count, size in _pinned_blocks(at)]
-    return Item("pinned_overhead", tuple(found for found in terms if found.value))
-
-
-def _pinned_blocks(at: Sizes) -> list[tuple[str, float, float]]:
-    """(what, blocks of a rank, bytes of each)."""
-    part = at.shape.total_parameters / at.plan.world_size
-    blocks = []
-    if at.optimizer_offloaded:
-        groups = ceil(part / SUB_GROUP)
-        blocks.append(("block of summed gradients", 1.0, at.state * part))
-        blocks.append(("blocks of gradients for the update", float(groups), at.state * part / groups))
-    if at.parameters_offloaded:
-        blocks.append(("block of weights", 1.0, at.d * part))
-    return blocks
-
-
-def _rounding(what: str, count: float, size: float, ranks: Factor) -> Term:
-    rounded = 1 << (ceil(size) - 1).bit_length()
-    return term(f"{what}, rounded up to {rounded:,} bytes", ("blocks", count), ranks, ("added bytes", rounded - size))
-
-
 def loader(at: Sizes) -> Item:
     """Shards of a sample that a node's ranks hold, and those read ahead: ids, labels and positions."""
     held = ("shards held", 1 + at.recipe.data.prefetch)
@@ -117,7 +94,6 @@ HOST_ITEMS = (
     offloaded_parameters,
     activation_checkpoint,
     kept_attention,
-    pinned_overhead,
     loader,
     processes,
     system,

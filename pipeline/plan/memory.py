@@ -12,6 +12,7 @@ from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING
 
+from pipeline.plan import fitted
 from pipeline.plan.hardware import GIB, Hardware, Kernel, hardware_of, kernel_of
 from pipeline.plan.model_shape import ModelShape
 from pipeline.plan.terms import Factor, Item, Term, term
@@ -41,14 +42,10 @@ REDUCE_BUCKET = 5 * 10**8
 PREFETCH_BUCKET = 5 * 10**7
 SUB_GROUP = 10**9
 
-CONTEXT_BYTES = 1 * GIB
-"""CUDA's context with the kernels of torch and flash-attn: 0.5 to 1 GiB outside of torch's count."""
-NCCL_BYTES = 2 * GIB
-"""NCCL's channels of the groups a job makes; ALST's 8-GPU runs end 8 GiB below the driver's figure, 1-GPU ones 3."""
-RESERVE = {True: 0.08, False: 0.16}
-"""Of what torch allocates: blocks that do not fit together, and what is not counted. With expandable segments it leaves
-71 GiB of an H100 among 8 GPUs to torch, where ALST's runs (71 to 71.6) were near the limit. What goes without them ALST
-gives no figure for (§3.4): taken as twice that."""
+CONTEXT_BYTES = GIB // 2
+"""CUDA's context with the kernels of torch and flash-attn, which are loaded as they are used."""
+RESERVE_WITHOUT_SEGMENTS = 2
+"""Times the allocator's reserve; ALST gives no figure for what goes without expandable segments (§3.4)."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +215,8 @@ def zero_buffers(at: Sizes) -> Item:
         largest = max(at.shape.layer_parameters, at.shape.head_parameters)
         gathered = min(max(LIVE_PARAMETERS, largest + PREFETCH_BUCKET), total)
         terms.append(term("gathered weights", element, ("parameters", gathered)))
+        bucket = ("elements", min(REDUCE_BUCKET, total))
+        terms.append(term("bucket of gradients, by ranks", element, bucket, when=IN_LAYER))
     if not at.optimizer_offloaded:
         part = min(SUB_GROUP, total / at.plan.world_size)
         terms.append(term("gradients of a group that is updated", ("bytes", at.state), ("parameters", part)))
@@ -470,7 +469,7 @@ def communication(at: Sizes) -> Item:
     """NCCL's own buffers."""
     if not at.on_gpu or at.plan.world_size == 1:
         return Item("communication", ())
-    return Item("communication", (term("NCCL's channels", ("bytes", NCCL_BYTES)),))
+    return Item("communication", (term("NCCL's channels", ("bytes", fitted.constants.communication_bytes)),))
 
 
 def context(at: Sizes) -> Item:
@@ -482,7 +481,8 @@ def allocator(at: Sizes, allocated: float) -> Item:
     """The reserve: a share of what torch allocates, for fragmentation and for what is not counted."""
     if not at.on_gpu:
         return Item("allocator", ())
-    share = RESERVE[at.recipe.memory.allocator.expandable_segments]
+    times = 1 if at.recipe.memory.allocator.expandable_segments else RESERVE_WITHOUT_SEGMENTS
+    share = times * fitted.constants.allocator_reserve
     return Item("allocator", (term("lost between blocks or not counted", ("share", share), ("allocated", allocated)),))
 
 

@@ -7,9 +7,10 @@ what runs beside something else is counted with the part that is not hidden, und
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.plan import fitted
 from pipeline.plan.documents import DocumentMix
 from pipeline.plan.flops import attention_flops
-from pipeline.plan.hardware import GB, Efficiency, efficiency_of
+from pipeline.plan.hardware import Efficiency, efficiency_of
 from pipeline.plan.host_memory import checkpoint_bytes
 from pipeline.plan.memory import Sizes, kept
 from pipeline.plan.terms import Factor, Item, Term, term
@@ -24,10 +25,6 @@ bfloat16: counted over the operations of a stock Llama layer."""
 
 PROCESS_START_SECONDS = 120.0
 """Of a job before it reads weights: containers, imports, groups of ranks, the self-check. An assumption."""
-
-HOST_UPDATE_RATE = 28 * GB
-"""Bytes per second of a node's CPU Adam with all that surrounds it (norm of gradients, copies): fitted to the 32K
-baseline of ALST on 8 GPUs, 17 s a step; host memory alone would allow ten times as much."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +171,10 @@ def update(work: Work) -> Item:
     over = at.partition(from_stage=1)
     if at.optimizer_offloaded:
         here = (touched, at.parameters, at.ranks_of_node)
-        return Item("update", (term("on the host", *here, over=(*over, ("bytes/s", HOST_UPDATE_RATE))),))
-    rate = (("bytes/s", at.hardware.memory_rate), ("share reached", work.efficiency.memory))
-    return Item("update", (term("on the GPU", touched, at.parameters, over=(*over, *rate)),))
+        rate = ("bytes/s", fitted.constants.host_update_rate)
+        return Item("update", (term("on the host", *here, over=(*over, rate)),))
+    reached = (("bytes/s", at.hardware.memory_rate), ("share reached", work.efficiency.memory))
+    return Item("update", (term("on the GPU", touched, at.parameters, over=(*over, *reached)),))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Expandable segments: set by the environment before CUDA starts, and seen in what the allocator really does."""
+"""What the environment asks of the allocators before CUDA starts, seen in what they really do."""
 
 import os
 import subprocess
@@ -11,24 +11,38 @@ print(any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
 """
 
 
-def expandable_segments_in_force(variables: dict[str, str]) -> bool:
-    """Whether a process with these variables gets its GPU memory in expandable segments."""
+PINNED = """
+import torch
+block = torch.empty(100 << 20, dtype=torch.uint8, pin_memory=True)
+print(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+"""
+
+JOB = {"PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"}
+"""As in plan/environment.py, which needs pydantic."""
+
+
+def printed(script: str, variables: dict[str, str]) -> str:
+    """What a process with these variables, and no other of an allocator, prints."""
     unset = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     probe = subprocess.run(
-        [sys.executable, "-c", PROBE],
+        [sys.executable, "-c", script],
         env={**unset, **variables},
         capture_output=True,
         text=True,
         check=True,
         timeout=300,
     )
-    return probe.stdout.strip() == "True"
+    return probe.stdout.strip()
 
 
 def test_the_variables_of_a_job_put_expandable_segments_in_force():
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # as in plan/environment.py, which needs pydantic
-    assert expandable_segments_in_force(dict.fromkeys(names, "expandable_segments:True"))
+    assert printed(PROBE, JOB) == "True"
 
 
 def test_without_them_the_probe_sees_none():
-    assert not expandable_segments_in_force({})
+    assert printed(PROBE, {}) == "False"
+
+
+def test_a_large_page_locked_block_takes_its_own_bytes_in_a_job_and_a_power_of_two_else():
+    assert int(printed(PINNED, JOB)) == 100 << 20
+    assert int(printed(PINNED, {})) == 128 << 20

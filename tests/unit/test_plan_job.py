@@ -560,8 +560,15 @@ def test_only_a_cpu_recipe_hides_the_gpu_and_only_a_gpu_recipe_sets_the_allocato
     assert "CUDA_VISIBLE_DEVICES" in names()
     assert "PYTORCH_ALLOC_CONF" not in names()
     assert "CUDA_VISIBLE_DEVICES" not in names(gpu)
-    assert {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} <= names(gpu)
-    assert "PYTORCH_ALLOC_CONF" not in names(gpu, "memory.allocator.expandable_segments=false")
+    assert "PYTORCH_ALLOC_CONF" in names(gpu)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_allocator_is_told_of_segments_if_asked_and_of_page_locked_blocks_always(on):
+    plan = planned("hardware.gpu=H200-141GB", f"memory.allocator.expandable_segments={str(on).lower()}")
+    (said,) = (v.value for v in environment(plan, cpus_per_rank=1) if v.name == "PYTORCH_ALLOC_CONF")
+    assert ("expandable_segments:True" in said.split(",")) is on
+    assert {"pinned_max_round_threshold_mb:64", "pinned_max_cached_size_mb:64"} <= set(said.split(","))
 
 
 def test_no_group_of_ranks_that_share_a_sequence_straddles_nodes():

@@ -6,7 +6,7 @@ from pipeline.errors import RecipeError
 from pipeline.plan.job import plan_job
 from pipeline.plan.known_models import KNOWN_MODELS
 from pipeline.plan.model_shape import ModelShape, model_shape, sizes_are_from_table
-from pipeline.recipe.load import load
+from pipeline.recipe.load import CONFIGS, load
 from pipeline.recipe.schema import ModelRecipe
 
 PUBLISHED = {
@@ -82,3 +82,13 @@ def test_an_unknown_model_is_refused_with_a_way_to_get_its_config():
         shape_of("meta-llama/Llama-3.1-8B-instruct")
     assert "did you mean 'meta-llama/Llama-3.1-8B-Instruct'?" in str(caught.value)
     assert "hf download meta-llama/Llama-3.1-8B-instruct config.json" in str(caught.value)
+
+
+RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "base"])
+def test_every_recipe_is_planned_offline_and_says_in_its_head_what_it_is_for(recipe, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert plan_job(load(recipe)).name
+    assert (CONFIGS / f"{recipe}.yaml").read_text().startswith("# ")
