@@ -3,9 +3,10 @@
     python benchmarks/calibration.py
 
 fits the constants of plan/fitted.py, says if those there are others, and writes benchmarks/results/calibration.json and
-its plot, the tables in docs/calibration.md, and the second line of every recipe in configs/alst/. Needs no GPU. A test
-holds all of them to what the planner predicts now. Their code is not this project's: `as they ran` takes the planner's
-own terms and changes those in which theirs differs (`_theirs`), so that what remains is the planner's error.
+its plot, the tables in docs/calibration.md and README.md, and the second line of every recipe in configs/alst/. Needs
+no GPU. A test holds all of them to what the planner predicts now. Their code is not this project's: `as they ran` takes
+the planner's own terms and changes those in which theirs differs (`_theirs`), so that what remains is the planner's
+error.
 """
 
 import json
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "calibration.json"
 PLOT = RESULTS.with_suffix(".png")
 DOCS = ROOT / "docs" / "calibration.md"
+README = ROOT / "README.md"
 RECIPES = ROOT / "configs" / "alst"
 PLANNED = "# Planned here:"
 BEGIN, END = "<!-- calibration: begin -->\n", "<!-- calibration: end -->\n"
@@ -400,6 +402,56 @@ def with_planned_line(recipe: Path) -> str:
     return re.sub(rf"^{PLANNED}.*$", line, recipe.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
 
 
+COMPARED = ("sp1-llama-8b", "sp8-llama-8b", "sp16-llama-8b", "sp32-llama-8b", "sp64-llama-70b", "sp64-qwen3-32b")
+OURS = {"llama-8b": "llama8b", "llama-70b": "llama70b", "qwen3-32b": "qwen3-32b"}
+"""This project's own recipe of a model."""
+
+
+def as_comparison() -> str:
+    """What ALST measured on H100 beside what is predicted of this project, at its lengths and its own."""
+    lines = [
+        "| H100 | model | ALST: tokens | tokens/s per GPU | here, as long: tokens/s per GPU | "
+        "longest: tokens | tokens/s per GPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in COMPARED:
+        (run,) = (run for run in REPORTED if run.recipe_name == f"h100-{name}")
+        gpus, model = run.sp, name.partition("-")[2]
+        measured = "-" if run.seconds is None else _per_gpu(run.length / run.seconds / gpus)
+        longest = _ours(run, model, "auto")
+        cells = [str(gpus), model, f"{run.length:,}", measured, _rate(_ours(run, model, run.length))]
+        lines.append(f"| {' | '.join([*cells, f'{longest.seq_len:,}', _rate(longest)])} |")
+    return "\n".join(lines)
+
+
+def _ours(run: Run, model: str, tokens: int | str) -> JobPlan:
+    asked = ["model.attention=flash_attention_2", f"parallel.sp={run.sp}", f"data.seq_len={tokens}"]
+    asked += [
+        f"hardware.nodes={run.recipe.hardware.nodes}",
+        f"hardware.gpus_per_node={run.recipe.hardware.gpus_per_node}",
+    ]
+    asked += [f"zero.offload_parameters={run.recipe.zero.offload_parameters or 'null'}"]
+    recipe = load(OURS[model], overrides=asked)
+    return plan_job(recipe, shape=run.shape)
+
+
+def _rate(plan: JobPlan) -> str:
+    seconds = estimate(plan).seconds
+    assert seconds is not None
+    return _per_gpu(plan.seq_len / seconds.total / plan.world_size)
+
+
+def _per_gpu(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.1f}"
+
+
+def with_comparison(text: str) -> str:
+    """The README with its table replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{as_comparison()}\n\n{END}{after}"
+
+
 def plot(found: list[Row]) -> None:
     """Predicted over measured, a dot a run: its own error, not that of a fit that has seen it."""
     import matplotlib.pyplot as plt
@@ -428,6 +480,7 @@ def main() -> None:
     DOCS.write_text(with_tables(DOCS.read_text(encoding="utf-8"), found), encoding="utf-8")
     for recipe in RECIPES.glob("*.yaml"):
         recipe.write_text(with_planned_line(recipe), encoding="utf-8")
+    README.write_text(with_comparison(README.read_text(encoding="utf-8")), encoding="utf-8")
     plot(found)
     print(as_tables(found))
 

@@ -33,6 +33,13 @@ def test_the_committed_calibration_is_current(rows):
     assert calibration.with_tables(page, rows) == page, "run python benchmarks/calibration.py"
 
 
+def test_the_readme_compares_as_is_predicted_now(monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/nowhere")
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    page = calibration.README.read_text()
+    assert calibration.with_comparison(page) == page, "run python benchmarks/calibration.py"
+
+
 def test_the_constants_are_the_fit_and_no_more_than_six():
     assert calibration.fit(calibration.REPORTED) == fitted.constants
     assert len(asdict(fitted.constants)) <= 6

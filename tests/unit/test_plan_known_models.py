@@ -90,5 +90,6 @@ RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONF
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "base"])
 def test_every_recipe_is_planned_offline_and_says_in_its_head_what_it_is_for(recipe, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert plan_job(load(recipe)).name
+    planned = plan_job(load(recipe))
+    assert planned.seq_len >= planned.sp and planned.dp * planned.sp == planned.world_size
     assert (CONFIGS / f"{recipe}.yaml").read_text().startswith("# ")
