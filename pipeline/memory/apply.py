@@ -13,7 +13,7 @@ from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_
 from pipeline.memory.offload import DeviceStore, HostStore
 from pipeline.memory.tiled_module import TiledModule
 from pipeline.model.anatomy import decoder_layers, lm_head
-from pipeline.plan.host_memory import arena_bytes
+from pipeline.plan.host_memory import arena_bytes, resident_tensors
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.schema import MemoryRecipe
 
@@ -38,6 +38,7 @@ def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
         mlp_tile_tokens=plan.mlp_tile_tokens,
         loss_tile_tokens=plan.loss_tile_tokens,
         arena_bytes=arena_bytes(plan),
+        resident_tensors=resident_tensors(plan),
     )
 
 
@@ -49,9 +50,10 @@ def attach(
     mlp_tile_tokens: int,
     loss_tile_tokens: int,
     arena_bytes: int = 0,
+    resident_tensors: int = 0,
 ) -> Attached:
     """Attach what the recipe asks for, from the inside of a layer outwards. `arena_bytes` of host memory are taken at
-    once for what is offloaded, and more where that is not enough.
+    once for what is offloaded, and more where that is not enough; the last `resident_tensors` of it stay all the same.
 
     1. Norms and the MLP: inside the layer, so that a checkpointed layer runs the tiled ones again.
     2. The layer: its checkpoint wraps all that is inside.
@@ -64,13 +66,17 @@ def attach(
     if memory.tiled_mlp is not None:
         tiled_mlp.attach(model, tile_tokens=mlp_tile_tokens)
     if memory.activation_checkpoint is not None:
-        keep_attention, layers_per_group = memory.activation_checkpoint.resolved
+        found = memory.activation_checkpoint.resolved
         # While a group runs again, what the one before it needs is on its way: its input, its layers' outs and lses.
-        ahead = 1 + 2 * layers_per_group * keep_attention
+        ahead = 1 + 2 * found.layers_per_group * found.keep_attention
         offloads = memory.activation_checkpoint.offload == "cpu"
-        store = HostStore(capacity_bytes=arena_bytes, ahead=ahead) if offloads else DeviceStore()
+        store = (
+            HostStore(capacity_bytes=arena_bytes, resident_tensors=resident_tensors, ahead=ahead)
+            if offloads
+            else DeviceStore()
+        )
         activation_checkpoint.attach(
-            model, store=store, keep_attention=keep_attention, layers_per_group=layers_per_group
+            model, store=store, keep_attention=found.keep_attention, layers_per_group=found.layers_per_group
         )
     kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
     tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)

@@ -2,7 +2,7 @@
 
 Backward asks for them in the opposite order, so host memory is a stack: one block, filled from the bottom up and given
 back from the top down. On a GPU the copies run on streams of their own; what is asked for next is on its way back
-before it is asked for. What was put last may stay on the device (`resident_bytes`), for it is asked for first.
+before it is asked for. What was put last may stay on the device (`resident_tensors`), for it is asked for first.
 On a CPU copies take the place of transfers, with the same bytes counted.
 """
 
@@ -113,22 +113,21 @@ class Handle:
 class HostStore:
     """Puts tensors into host memory and brings them back.
 
-    `capacity_bytes` are taken at once, and more where that is not enough; `resident_bytes` of what was put last stay on
-    the device; `ahead` tensors are on their way back before they are asked for. Raises RunError if the machine has not
+    `capacity_bytes` are taken at once, and more where that is not enough; the last `resident_tensors` stay on the
+    device; `ahead` tensors are on their way back before they are asked for. Raises RunError if the machine has not
     that memory.
     """
 
-    def __init__(self, *, capacity_bytes: int = 0, resident_bytes: int = 0, ahead: int = 1) -> None:
+    def __init__(self, *, capacity_bytes: int = 0, resident_tensors: int = 0, ahead: int = 1) -> None:
         self.held_bytes = 0
         self.peak_bytes = 0
         """The most that waited in host memory at once."""
-        self._capacity_bytes, self._resident_limit, self._ahead = capacity_bytes, resident_bytes, ahead
+        self._capacity_bytes, self._resident_tensors, self._ahead = capacity_bytes, resident_tensors, ahead
         self._arena: HostArena | None = None
         self._copies: _Copies | _StreamCopies | None = None
         self._open: list[Handle] = []
         """All that were put and not asked for, the last on top."""
         self._residents: deque[Handle] = deque()
-        self._resident_bytes = 0
 
     @property
     def reserved_bytes(self) -> int:
@@ -136,15 +135,14 @@ class HostStore:
         return 0 if self._arena is None else self._arena.reserved_bytes
 
     def put(self, tensor: torch.Tensor) -> Handle:
-        """Sends the tensor to host memory, or what was put before it if there is room for it on its device."""
+        """Sends the tensor to host memory, or what was put before it where the last ones stay on their device."""
         if self._copies is None:
             self._copies = _StreamCopies() if tensor.is_cuda else _Copies()
             self._arena = HostArena(capacity_bytes=self._capacity_bytes, pinned=tensor.is_cuda)
         handle = Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version)
         self._open.append(handle)
         self._residents.append(handle)
-        self._resident_bytes += handle.nbytes
-        while self._resident_bytes > self._resident_limit:
+        if len(self._residents) > self._resident_tensors:
             self._send(self._residents.popleft())
         return handle
 
@@ -155,7 +153,6 @@ class HostStore:
         self._open.remove(handle)
         if handle.waiting is None:
             self._residents.remove(handle)
-            self._resident_bytes -= handle.nbytes
             tensor = unchanged(handle)
             handle.resident = None
         else:
@@ -171,7 +168,6 @@ class HostStore:
     def _send(self, handle: Handle) -> None:
         assert self._copies is not None
         assert self._arena is not None
-        self._resident_bytes -= handle.nbytes
         tensor = unchanged(handle)
         handle.number, handle.waiting = self._arena.take(tensor)
         self._copies.send(tensor, handle)

@@ -11,6 +11,7 @@ from pipeline.plan.model_shape import ModelShape, model_shape
 from pipeline.recipe.load import apply_override, check
 from pipeline.recipe.schema import Recipe
 
+_PLANNED = "keep_attention: auto, resident_groups: auto"
 LEVELS: tuple[tuple[str, ...], ...] = (
     # One tuple per feature, from off to on.
     ("memory.tiled_loss=null", "memory.tiled_loss={tile_tokens: auto, kernel: own}"),
@@ -18,8 +19,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("memory.tiled_norm=null", "memory.tiled_norm={tile_tokens: auto}"),
     (
         "memory.activation_checkpoint=null",
-        "memory.activation_checkpoint={offload: null, keep_attention: auto, layers_per_group: 1}",
-        "memory.activation_checkpoint={offload: cpu, keep_attention: auto, layers_per_group: auto}",
+        f"memory.activation_checkpoint={{offload: null, layers_per_group: 1, {_PLANNED}}}",
+        f"memory.activation_checkpoint={{offload: cpu, layers_per_group: auto, {_PLANNED}}}",
     ),
     ("zero.offload_optimizer=null", "zero.offload_optimizer=cpu"),
     ("zero.offload_parameters=null", "zero.offload_parameters=cpu"),

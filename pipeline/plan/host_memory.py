@@ -5,7 +5,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from pipeline.plan.hardware import GIB, MIB
-from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, kept, states
+from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, sent, states
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -52,17 +52,20 @@ def kept_attention(at: Sizes) -> Item:
 
 
 def _offloaded(at: Sizes) -> tuple[Term, ...]:
-    feature = at.recipe.memory.activation_checkpoint
-    if feature is None or feature.offload != "cpu":
-        return ()
-    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in kept(at))
+    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in sent(at)) if at.sent_groups else ()
 
 
 def arena_bytes(plan: "JobPlan") -> int:
     """Of a rank's block for what waits: each tensor begins at a border of ARENA_ALIGNMENT."""
     at = Sizes(plan)
-    pieces = at.groups + (2 * at.shape.num_layers if at.keeps_attention else 0)
-    return round(sum(part.value for part in kept(at))) + ARENA_ALIGNMENT * pieces
+    pieces = at.sent_groups + (2 * at.sent_layers if at.keeps_attention else 0)
+    return round(sum(part.value for part in sent(at))) + ARENA_ALIGNMENT * pieces
+
+
+def resident_tensors(plan: "JobPlan") -> int:
+    """How many of a rank's tensors, the last ones, stay on the GPU."""
+    at = Sizes(plan)
+    return at.resident_groups + (2 * (at.shape.num_layers - at.sent_layers) if at.keeps_attention else 0)
 
 
 def pinned_overhead(at: Sizes) -> Item:

@@ -111,9 +111,11 @@ def _seconds(estimate: Estimate) -> Table:
 
 def _waits(checkpoint: ActivationCheckpoint) -> str:
     """What is kept until backward, and where."""
-    keep_attention, layers_per_group = checkpoint.resolved
-    kept = "inputs" if layers_per_group == 1 else f"the input of every {layers_per_group} layers"
-    return f"{kept}{' and attention outputs' if keep_attention else ''} on {checkpoint.offload or 'device'}"
+    found = checkpoint.resolved
+    kept = "inputs" if found.layers_per_group == 1 else f"the input of every {found.layers_per_group} layers"
+    where = checkpoint.offload or "device"
+    stay = f", those of the last {found.resident_groups} on device" if found.resident_groups else ""
+    return f"{kept}{' and attention outputs' if found.keep_attention else ''} on {where}{stay}"
 
 
 def _hidden(item: Item) -> str:

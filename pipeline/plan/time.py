@@ -11,7 +11,7 @@ from pipeline.plan.documents import DocumentMix
 from pipeline.plan.flops import attention_flops
 from pipeline.plan.hardware import GB, Efficiency, efficiency_of
 from pipeline.plan.host_memory import checkpoint_bytes
-from pipeline.plan.memory import Sizes, kept
+from pipeline.plan.memory import Sizes, sent
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -152,10 +152,9 @@ def offload(work: Work, compute_seconds: float) -> Item:
     rate = work.link(at.hardware.host_link_rate)
     part: tuple[Factor, ...] = (("bytes", at.d), at.parameters, work.micro_batches)
     terms: list[Term] = []
-    feature = at.recipe.memory.activation_checkpoint
-    if feature is not None and feature.offload is not None:
+    if at.sent_groups:
         moved = [
-            term(f"{part.what}, there and back", 2, *part.factors, work.micro_batches, over=rate) for part in kept(at)
+            term(f"{part.what}, there and back", 2, *part.factors, work.micro_batches, over=rate) for part in sent(at)
         ]
         beside = min(sum(part.value for part in moved), compute_seconds)
         terms += [*moved, term("hidden behind the computation", -1, ("seconds", beside))]

@@ -5,7 +5,7 @@ A feature that is off is null. A value `auto` is resolved by the plan and writte
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -273,13 +273,24 @@ class ActivationCheckpoint(Section):
     """Keep attention's output too, as many bytes again: the kernel runs once in forward and not again."""
     layers_per_group: Count | Auto
     """Layers that share one checkpoint: 1/k of the bytes for one more forward of the layers."""
+    resident_groups: NonNegative | Auto
+    """Groups, the last ones, that stay on the device all the same; auto is as many as it has room for."""
 
     @property
-    def resolved(self) -> tuple[bool, int]:
-        """(keep_attention, layers_per_group), as a plan has written them."""
+    def resolved(self) -> "ResolvedCheckpoint":
+        """What `auto` may stand for, as a plan has written it."""
         assert self.keep_attention != "auto"
         assert self.layers_per_group != "auto"
-        return self.keep_attention, self.layers_per_group
+        assert self.resident_groups != "auto"
+        return ResolvedCheckpoint(self.keep_attention, self.layers_per_group, self.resident_groups)
+
+
+class ResolvedCheckpoint(NamedTuple):
+    """The values of ActivationCheckpoint that a plan finds."""
+
+    keep_attention: bool
+    layers_per_group: int
+    resident_groups: int
 
 
 class Allocator(Section):

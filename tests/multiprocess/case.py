@@ -19,6 +19,7 @@ FEATURES = {
         "memory.activation_checkpoint.keep_attention=true",
         "memory.activation_checkpoint.layers_per_group=2",
     ),
+    "some stay": ("memory.activation_checkpoint.resident_groups=1",),
 }
 """Overrides that leave each memory feature alone on, or all, or all and what the default leaves off."""
 

@@ -126,6 +126,12 @@ CASES = {
         f"{CHECKPOINT}={{offload: cpu, keep_attention: true, layers_per_group: 2}}",
         "model.config={num_hidden_layers: 4}",
     ),
+    "offload, all stay but one": (f"{CHECKPOINT}={{offload: cpu, resident_groups: 2}}",),
+    "offload, all stay": (f"{CHECKPOINT}={{offload: cpu, resident_groups: 3, keep_attention: true}}",),
+    "offload, some groups stay": (
+        f"{CHECKPOINT}={{offload: cpu, resident_groups: 2, keep_attention: true, layers_per_group: 2}}",
+        "model.config={num_hidden_layers: 8}",
+    ),
     "qwen3": ("model.config={model_type: qwen3, head_dim: 32}",),
 }
 
@@ -142,7 +148,17 @@ def test_with_a_shared_sequence_too(group_of_two):
     assert activation_bytes(plan) == pytest.approx(measured(plan).peak_bytes, rel=TOLERANCE), activation_moment(plan)
 
 
-@pytest.mark.parametrize("settings", ["", "keep_attention: true", "keep_attention: true, layers_per_group: 2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "",
+        "keep_attention: true",
+        "keep_attention: true, layers_per_group: 2",
+        "resident_groups: 1",
+        "keep_attention: true, layers_per_group: 2, resident_groups: 1",
+        "resident_groups: 3",
+    ],
+)
 def test_what_waits_in_host_memory_is_counted_to_the_byte_and_taken_at_once(settings):
     plan = planned(f"memory.activation_checkpoint={{offload: cpu, {settings}}}")
     store = measured(plan).attached.store
