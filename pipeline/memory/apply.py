@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_mlp, tiled_norm
+from pipeline.memory.disk import Disk
+from pipeline.memory.host_arena import check_node
 from pipeline.memory.offload import DeviceStore, HostStore
 from pipeline.memory.tiled_module import TiledModule
 from pipeline.model.anatomy import decoder_layers, lm_head
-from pipeline.plan.host_memory import arena_bytes, resident_tensors
 from pipeline.plan.job import JobPlan
-from pipeline.recipe.schema import MemoryRecipe
+from pipeline.plan.offload import Offload, offload_of
+from pipeline.recipe.schema import ActivationCheckpoint, Gpu, MemoryRecipe
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
         norm_tile_tokens=plan.norm_tile_tokens,
         mlp_tile_tokens=plan.mlp_tile_tokens,
         loss_tile_tokens=plan.loss_tile_tokens,
-        arena_bytes=arena_bytes(plan),
-        resident_tensors=resident_tensors(plan),
+        offload=offload_of(plan),
+        pinned=plan.recipe.hardware.gpu is not Gpu.CPU,
     )
 
 
@@ -49,11 +52,11 @@ def attach(
     norm_tile_tokens: int,
     mlp_tile_tokens: int,
     loss_tile_tokens: int,
-    arena_bytes: int = 0,
-    resident_tensors: int = 0,
+    offload: Offload | None = None,
+    pinned: bool = False,
 ) -> Attached:
-    """Attach what the recipe asks for, from the inside of a layer outwards. `arena_bytes` of host memory are taken at
-    once for what is offloaded, and more where that is not enough; the last `resident_tensors` of it stay all the same.
+    """Attach what the recipe asks for, from the inside of a layer outwards. `offload` says what waits where; its
+    memory, pinned or not, and its room on disk are taken at once.
 
     1. Norms and the MLP: inside the layer, so that a checkpointed layer runs the tiled ones again.
     2. The layer: its checkpoint wraps all that is inside.
@@ -66,21 +69,47 @@ def attach(
     if memory.tiled_mlp is not None:
         tiled_mlp.attach(model, tile_tokens=mlp_tile_tokens)
     if memory.activation_checkpoint is not None:
-        found = memory.activation_checkpoint.resolved
-        # While a group runs again, what the one before it needs is on its way: its input, its layers' outs and lses.
-        ahead = 1 + 2 * found.layers_per_group * found.keep_attention
-        offloads = memory.activation_checkpoint.offload == "cpu"
-        store = (
-            HostStore(capacity_bytes=arena_bytes, resident_tensors=resident_tensors, ahead=ahead)
-            if offloads
-            else DeviceStore()
-        )
+        keep_attention, layers_per_group = memory.activation_checkpoint.resolved[:2]
+        store = _store(memory.activation_checkpoint, offload, pinned=pinned)
         activation_checkpoint.attach(
-            model, store=store, keep_attention=found.keep_attention, layers_per_group=found.layers_per_group
+            model, store=store, keep_attention=keep_attention, layers_per_group=layers_per_group
         )
     kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
     tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)
     return Attached(store, gathered_whole=(tiled_mlp.TiledMLP,) if memory.tiled_mlp is not None else ())
+
+
+def _store(feature: ActivationCheckpoint, offload: Offload | None, *, pinned: bool) -> HostStore | DeviceStore:
+    """Where layer inputs wait. Raises RunError if this machine has not the memory or the disk that are planned."""
+    if feature.offload is None:
+        return DeviceStore()
+    found = feature.resolved
+    # While a group runs again, what the one before it needs is on its way: its input, its layers' outs and lses.
+    ahead = 1 + 2 * found.layers_per_group * found.keep_attention
+    if offload is None:
+        return HostStore(ahead=ahead)
+    check_node(offload.ranks_of_node * (offload.arena_bytes + offload.staging_bytes))
+    store = HostStore(
+        capacity_bytes=offload.arena_bytes,
+        resident_tensors=offload.resident_tensors,
+        ahead=ahead,
+        disk=_disk(offload, pinned=pinned, checksums=feature.checksums) if offload.disk_groups else None,
+        is_on_disk=offload.is_on_disk,
+    )
+    store.reserve(pinned=pinned)
+    return store
+
+
+def _disk(offload: Offload, *, pinned: bool, checksums: bool) -> Disk:
+    disk = Disk(
+        Path(offload.scratch),
+        capacity_bytes=offload.disk_bytes,
+        staging_bytes=offload.staging_bytes,
+        pinned=pinned,
+        checksums=checksums,
+    )
+    disk.check_rate(offload.least_disk_rate)
+    return disk
 
 
 @contextmanager

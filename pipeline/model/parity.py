@@ -122,7 +122,7 @@ def train_attached(
     """
     layers = len(decoder_layers(model))
     memory = load(
-        "tiny", overrides=["memory.activation_checkpoint={offload: cpu, resident_groups: 0}", *features]
+        "tiny", overrides=["memory.activation_checkpoint={offload: cpu, resident_groups: 0, disk_groups: 0}", *features]
     ).memory
     attach(
         model,

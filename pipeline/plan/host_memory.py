@@ -5,7 +5,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from pipeline.plan.hardware import GIB, MIB
-from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, sent, states
+from pipeline.plan.memory import SUB_GROUP, Sizes, gpu_bytes, in_host_memory, kept, on_disk, states
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ def optimizer(at: Sizes) -> Item:
     if not at.optimizer_offloaded:
         return Item("optimizer", ())
     here = (at.ranks_of_node,)
-    kept = states(at, *here, over=(at.ranks,))
+    held = states(at, *here, over=(at.ranks,))
     grads = term("gradients, summed and for the update", 2, ("bytes", at.state), at.parameters, *here, over=(at.ranks,))
-    return Item("optimizer", (*kept, grads))
+    return Item("optimizer", (*held, grads))
 
 
 def offloaded_parameters(at: Sizes) -> Item:
@@ -52,20 +52,15 @@ def kept_attention(at: Sizes) -> Item:
 
 
 def _offloaded(at: Sizes) -> tuple[Term, ...]:
-    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in sent(at)) if at.sent_groups else ()
+    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in in_host_memory(at))
 
 
-def arena_bytes(plan: "JobPlan") -> int:
-    """Of a rank's block for what waits: each tensor begins at a border of ARENA_ALIGNMENT."""
-    at = Sizes(plan)
-    pieces = at.sent_groups + (2 * at.sent_layers if at.keeps_attention else 0)
-    return round(sum(part.value for part in sent(at))) + ARENA_ALIGNMENT * pieces
-
-
-def resident_tensors(plan: "JobPlan") -> int:
-    """How many of a rank's tensors, the last ones, stay on the GPU."""
-    at = Sizes(plan)
-    return at.resident_groups + (2 * (at.shape.num_layers - at.sent_layers) if at.keeps_attention else 0)
+def disk_staging(at: Sizes) -> Item:
+    """What passes through on its way to and from disk: two groups at a time."""
+    if not at.disk_groups:
+        return Item("disk_staging", ())
+    groups = kept(at, " on their way", groups=2, layers=2 * at.layers_per_group)
+    return Item("disk_staging", tuple(term(part.what, *part.factors, at.ranks_of_node) for part in groups))
 
 
 def pinned_overhead(at: Sizes) -> Item:
@@ -120,6 +115,7 @@ HOST_ITEMS = (
     offloaded_parameters,
     activation_checkpoint,
     kept_attention,
+    disk_staging,
     pinned_overhead,
     loader,
     processes,
@@ -158,6 +154,12 @@ def _nodes(at: Sizes) -> tuple[Factor, ...]:
 DISK_ITEMS = (checkpoints, packed_data)
 
 
+def scratch_checkpoint(at: Sizes) -> Item:
+    """What of the checkpoints of layers waits on a node's own disk."""
+    waiting = tuple(term(part.what, *part.factors, at.ranks_of_node) for part in on_disk(at))
+    return Item("activation_checkpoint", waiting)
+
+
 @dataclass(frozen=True)
 class NodeBytes:
     """What a node holds."""
@@ -182,3 +184,8 @@ def disk_bytes(plan: "JobPlan") -> NodeBytes:
     """Of shared storage, per node."""
     at = Sizes(plan)
     return NodeBytes(tuple(item(at) for item in DISK_ITEMS))
+
+
+def scratch_bytes(plan: "JobPlan") -> NodeBytes:
+    """Of a node's own disk."""
+    return NodeBytes((scratch_checkpoint(Sizes(plan)),))

@@ -170,6 +170,18 @@ class Sizes:
     def sent_layers(self) -> int:
         return min(self.sent_groups * self.layers_per_group, self.shape.num_layers)
 
+    @cached_property
+    def disk_groups(self) -> tuple[int, ...]:
+        """Numbers of the groups that wait on disk: spread, so that it is busy throughout, and the first among them."""
+        feature, sent = self.recipe.memory.activation_checkpoint, self.sent_groups
+        count = 0 if feature is None or feature.offload != "disk" else min(feature.resolved.disk_groups, sent)
+        return tuple(group for group in range(sent) if group * count % sent < count)
+
+    @property
+    def disk_layers(self) -> int:
+        size = self.layers_per_group
+        return sum(min(size, self.shape.num_layers - group * size) for group in self.disk_groups)
+
     @property
     def keeps_attention(self) -> bool:
         feature = self.recipe.memory.activation_checkpoint
@@ -291,6 +303,15 @@ def kept(at: Sizes, what: str, *, groups: int, layers: int) -> tuple[Term, ...]:
 def sent(at: Sizes) -> tuple[Term, ...]:
     """What of it leaves the GPU."""
     return kept(at, " that leave the GPU", groups=at.sent_groups, layers=at.sent_layers)
+
+
+def in_host_memory(at: Sizes) -> tuple[Term, ...]:
+    groups, layers = at.sent_groups - len(at.disk_groups), at.sent_layers - at.disk_layers
+    return kept(at, "", groups=groups, layers=layers) if groups else ()
+
+
+def on_disk(at: Sizes) -> tuple[Term, ...]:
+    return kept(at, " on disk", groups=len(at.disk_groups), layers=at.disk_layers) if at.disk_groups else ()
 
 
 def _kept_on_gpu(at: Sizes) -> tuple[Term, ...]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.memory.offload import HostArena, HostStore
+from pipeline.memory.host_arena import HostArena
+from pipeline.memory.offload import HostStore
 
 MIB = 1 << 20
 

@@ -43,6 +43,7 @@ def test_the_planned_activations_are_what_cuda_allocates(device, name):
     from pipeline.parallel.mesh import Mesh
     from pipeline.plan.job import plan_job
     from pipeline.plan.memory import activation_bytes, activation_moment
+    from pipeline.plan.offload import offload_of
     from pipeline.recipe.load import load
 
     kernel = choose("auto", device=device).kernel
@@ -50,8 +51,10 @@ def test_the_planned_activations_are_what_cuda_allocates(device, name):
     plan = plan_job(load("tiny", overrides=asked))
     register()
     model = build_model(plan.recipe.model, attention=NAME, seed=0).to(device)
-    tiles = {"mlp_tile_tokens": plan.mlp_tile_tokens, "loss_tile_tokens": plan.loss_tile_tokens}
-    attach(model, plan.recipe.memory, **tiles)  # not attach_features: this process set no allocator
+    tiles = {f"{name}_tile_tokens": getattr(plan, f"{name}_tile_tokens") for name in ("norm", "mlp", "loss")}
+    attach(
+        model, plan.recipe.memory, **tiles, offload=offload_of(plan), pinned=True
+    )  # not attach_features: this process set no allocator
     ids = torch.randint(plan.model.vocab_size, (1, TOKENS), device=device)
     bounds = torch.tensor([0, TOKENS // 3, TOKENS], dtype=torch.int32)
     context = AttentionContext(segments_of(bounds, device=device), Mesh(0, 1, 1, None), kernel)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import RunError
-from pipeline.memory.offload import DeviceStore, HostArena, HostStore
+from pipeline.memory.host_arena import HostArena
+from pipeline.memory.offload import DeviceStore, HostStore
 from pipeline.plan.host_memory import ARENA_ALIGNMENT as ALIGNMENT
 
 

@@ -21,9 +21,10 @@ from pipeline.memory.apply import Attached, attach_features
 from pipeline.memory.offload import HostStore
 from pipeline.model.build import build_model
 from pipeline.parallel.mesh import Mesh
-from pipeline.plan.host_memory import arena_bytes, host_bytes
+from pipeline.plan.host_memory import host_bytes, scratch_bytes
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.memory import MOMENTS, activation_bytes, activation_moment
+from pipeline.plan.offload import offload_of
 from pipeline.recipe.load import load
 
 TOKENS = 2048
@@ -132,6 +133,7 @@ CASES = {
         f"{CHECKPOINT}={{offload: cpu, resident_groups: 2, keep_attention: true, layers_per_group: 2}}",
         "model.config={num_hidden_layers: 8}",
     ),
+    "offload to disk": (f"{CHECKPOINT}={{offload: disk, disk_groups: 2, resident_groups: 1}}",),
     "qwen3": ("model.config={model_type: qwen3, head_dim: 32}",),
 }
 
@@ -165,7 +167,20 @@ def test_what_waits_in_host_memory_is_counted_to_the_byte_and_taken_at_once(sett
     assert isinstance(store, HostStore)
     host = host_bytes(plan).by_name
     assert store.peak_bytes == host["activation_checkpoint"] + host["kept_attention"]
-    assert store.reserved_bytes == arena_bytes(plan), "it did not have to grow"
+    assert store.reserved_bytes == offload_of(plan).arena_bytes, "it did not have to grow"
+
+
+def test_what_waits_on_disk_is_counted_to_the_byte_and_host_memory_holds_the_rest(tmp_path):
+    settings = "keep_attention: true, layers_per_group: 2, disk_groups: 2, resident_groups: 1, checksums: true"
+    scratch = (f"hardware.scratch={tmp_path}", "model.config={num_hidden_layers: 7}")
+    plan = planned(f"memory.activation_checkpoint={{offload: disk, {settings}}}", *scratch)
+    store = measured(plan).attached.store
+    assert isinstance(store, HostStore)
+    host = host_bytes(plan).by_name
+    assert store.disk.peak_bytes == scratch_bytes(plan).total > 0
+    assert store.peak_bytes == host["activation_checkpoint"] + host["kept_attention"] > 0
+    assert store.reserved_bytes == offload_of(plan).arena_bytes
+    assert sum(slot.memory.nbytes for slot in store.disk._slots) <= offload_of(plan).staging_bytes
 
 
 def test_the_cases_meet_the_moments_that_differ():
