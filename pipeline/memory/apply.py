@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_mlp, tiled_norm
 from pipeline.memory.disk import Disk
+from pipeline.memory.fp8 import Fp8Store
 from pipeline.memory.host_arena import check_node
 from pipeline.memory.offload import DeviceStore, HostStore
 from pipeline.memory.tiled_module import TiledModule
@@ -72,7 +73,10 @@ def attach(
         keep_attention, layers_per_group = memory.activation_checkpoint.resolved[:2]
         store = _store(memory.activation_checkpoint, offload, pinned=pinned)
         activation_checkpoint.attach(
-            model, store=store, keep_attention=keep_attention, layers_per_group=layers_per_group
+            model,
+            store=Fp8Store(store) if memory.activation_checkpoint.offload_dtype == "fp8" else store,
+            keep_attention=keep_attention,
+            layers_per_group=layers_per_group,
         )
     kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
     tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)

@@ -10,7 +10,7 @@ On a CPU copies take the place of transfers, with the same bytes counted.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,14 @@ from pipeline.memory.disk import Disk, Piece
 from pipeline.memory.host_arena import HostArena
 
 IN_FLIGHT = 2  # tensors on their way out whose device memory is not given back yet
+
+
+class Store(Protocol):
+    """Where tensors wait. `exact` ones come back as they went; others may be rounded."""
+
+    def put(self, tensor: torch.Tensor, *, exact: bool = ...) -> Any: ...
+
+    def get(self, handle: Any) -> torch.Tensor: ...
 
 
 @dataclass(eq=False)
@@ -86,7 +94,7 @@ class HostStore:
         self._copies = _StreamCopies() if pinned else _Copies()
         self._arena = HostArena(capacity_bytes=self._capacity_bytes, pinned=pinned)
 
-    def put(self, tensor: torch.Tensor) -> Handle:
+    def put(self, tensor: torch.Tensor, *, exact: bool = True) -> Handle:
         """Sends the tensor to where it waits, or what was put before it where the last ones stay on their device."""
         if self._copies is None:
             self.reserve(pinned=tensor.is_cuda)
@@ -234,7 +242,7 @@ class DeviceStore:
 
     held_bytes = peak_bytes = 0
 
-    def put(self, tensor: torch.Tensor) -> Handle:
+    def put(self, tensor: torch.Tensor, *, exact: bool = True) -> Handle:
         return Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version)
 
     def get(self, handle: Handle) -> torch.Tensor:

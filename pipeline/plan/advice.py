@@ -11,7 +11,7 @@ from pipeline.plan.model_shape import ModelShape, model_shape
 from pipeline.recipe.load import apply_override, check
 from pipeline.recipe.schema import Recipe
 
-_PLANNED = "keep_attention: auto, resident_groups: auto, disk_groups: auto, checksums: false"
+_PLANNED = "keep_attention: auto, resident_groups: auto, disk_groups: auto, checksums: false, offload_dtype: null"
 LEVELS: tuple[tuple[str, ...], ...] = (
     # One tuple per feature, from off to on.
     ("memory.tiled_loss=null", "memory.tiled_loss={tile_tokens: auto, kernel: own}"),

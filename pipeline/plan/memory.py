@@ -35,6 +35,9 @@ AFTER_LAYERS = (LOSS, LOSS_BACKWARD, FINAL_NORM)
 WIDE = 4.0
 """Bytes of float32, in which norms, losses and sums are computed."""
 
+FP8_SCALE_BYTES = 4
+"""Of a row that is offloaded in fp8."""
+
 # DeepSpeed 0.19's own defaults, in elements (deepspeed/runtime/zero/config.py); the engine does not change them.
 LIVE_PARAMETERS = 10**9
 REDUCE_BUCKET = 5 * 10**8
@@ -81,6 +84,11 @@ class Sizes:
     def d(self) -> float:
         """Bytes of an element of the model's dtype."""
         return 2.0 if self.recipe.model.dtype == "bfloat16" else 4.0
+
+    @property
+    def offloads_fp8(self) -> bool:
+        feature = self.recipe.memory.activation_checkpoint
+        return feature is not None and feature.offload_dtype == "fp8"
 
     @property
     def state(self) -> float:
@@ -296,8 +304,20 @@ def kept_attention(at: Sizes, count: Factor) -> tuple[Term, ...]:
 
 def kept(at: Sizes, what: str, *, groups: int, layers: int) -> tuple[Term, ...]:
     """What so many groups of so many layers keep from a rank's forward to its backward, wherever it waits."""
-    attention = kept_attention(at, (f"layers{what}", layers)) if at.keeps_attention else ()
-    return (kept_inputs(at, (f"groups of layers{what}", groups)), *attention)
+    inputs = _stored(at, kept_inputs(at, (f"groups of layers{what}", groups)), rows=1)
+    if not at.keeps_attention:
+        return (inputs,)
+    out, lse = kept_attention(at, (f"layers{what}", layers))
+    return inputs, _stored(at, out, rows=at.shape.num_query_heads), lse
+
+
+def _stored(at: Sizes, part: Term, *, rows: int) -> Term:
+    """With fp8 a byte an element, and a scale for each of a token's `rows`."""
+    if not at.offloads_fp8:
+        return part
+    _, tokens, (what, width), count = part.factors
+    with_scales = (f"{what} with scales", width + FP8_SCALE_BYTES * rows)
+    return term(part.what, ("bytes", 1.0), tokens, with_scales, count)
 
 
 def sent(at: Sizes) -> tuple[Term, ...]:

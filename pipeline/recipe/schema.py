@@ -280,6 +280,8 @@ class ActivationCheckpoint(Section):
     """Groups that wait on disk; auto is as many as host memory has no room for."""
     checksums: bool
     """What comes back from disk is compared with what went there."""
+    offload_dtype: Literal["fp8"] | None
+    """Of what is offloaded, but for log-sum-exp; fp8 halves it, and gradients are off by what docs/memory.md says."""
 
     @model_validator(mode="after")
     def _disk_is_asked_for(self) -> "ActivationCheckpoint":
@@ -287,6 +289,11 @@ class ActivationCheckpoint(Section):
             raise ValueError(
                 f"disk_groups {self.disk_groups} needs offload disk, not {self.offload or 'null'}; set offload: disk, "
                 "or disk_groups: auto"
+            )
+        if self.offload_dtype is not None and self.offload is None:
+            raise ValueError(
+                f"offload_dtype {self.offload_dtype} needs offload cpu or disk, not null; set offload_dtype: null, or "
+                "offload: cpu"
             )
         return self
 

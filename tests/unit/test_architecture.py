@@ -233,6 +233,7 @@ def test_features_do_not_know_each_other_and_apply_knows_them_all():
         ("pipeline.memory.activation_checkpoint", "pipeline.memory.offload"),
         ("pipeline.memory.offload", "pipeline.memory.host_arena"),
         ("pipeline.memory.offload", "pipeline.memory.disk"),
+        ("pipeline.memory.fp8", "pipeline.memory.offload"),
         ("pipeline.memory.disk", "pipeline.memory.host_arena"),
         ("pipeline.memory.tiled_mlp", "pipeline.memory.tiled_module"),
         ("pipeline.memory.tiled_norm", "pipeline.memory.tiled_module"),

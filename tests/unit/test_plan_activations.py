@@ -1,26 +1,11 @@
-"""The planner's activation bytes against the peak that a tiny model's forward and backward really allocate on the CPU.
-
-Every allocation and release of torch's allocator is replayed from the profiler's record, so the peak is exact and the
-same on every machine. Weights and optimizer states are there before and are not counted; gradients are added into
-tensors that are there before.
-"""
-
-import gc
-from dataclasses import dataclass
+"""The planner's activation bytes against the peak that a tiny model's forward and backward really allocate on the CPU:
+`benchmarks/replay.py` says how it is measured."""
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pipeline.attention.function import NAME, AttentionContext, register
-from pipeline.attention.kernels.cpu import CpuKernel
-from pipeline.attention.segments import segments_of
-from pipeline.memory.apply import Attached, attach_features
+from benchmarks import replay
+from benchmarks.replay import measured
 from pipeline.memory.offload import HostStore
-from pipeline.model.build import build_model
-from pipeline.parallel.mesh import Mesh
 from pipeline.plan.host_memory import host_bytes, scratch_bytes
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.memory import MOMENTS, activation_bytes, activation_moment
@@ -29,8 +14,6 @@ from pipeline.recipe.load import load
 
 TOKENS = 2048
 """Of a shard: the hidden states are then far larger than the weights, whose gradients ZeRO would take away."""
-DOCUMENT = 64
-"""Short: the CPU kernel's block of scores, which the planner leaves out, is then small."""
 TOLERANCE = 0.04
 
 CHECKPOINT = "memory.activation_checkpoint"
@@ -48,52 +31,15 @@ SIZES = (
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    peak_bytes: int
-    attached: Attached
-
-
 def planned(*overrides: str, sp: int = 1) -> JobPlan:
     mesh = (f"hardware.gpus_per_node={sp}", f"parallel.sp={sp}", f"data.seq_len={TOKENS * sp}")
     return plan_job(load("tiny", overrides=[*SIZES, *mesh, *overrides]))
 
 
-def measured(plan: JobPlan) -> Measured:
-    """The peak of a second forward and backward of the plan's model, with what the plan attaches."""
-    register()
-    model = build_model(plan.recipe.model, attention=NAME, seed=0)
-    attached = attach_features(model, plan)
-    ids = torch.randint(plan.model.vocab_size, (1, TOKENS))
-    bounds = torch.arange(0, plan.seq_len + 1, DOCUMENT, dtype=torch.int32)
-    group = dist.group.WORLD if plan.sp > 1 else None
-    mesh = Mesh(rank=0, world_size=plan.sp, sp=plan.sp, sp_group=group)
-    context = AttentionContext(segments_of(bounds, device=torch.device("cpu")), mesh, CpuKernel())
-    inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(TOKENS)[None]}
-
-    def step() -> None:
-        model(**inputs, attention_context=context).backward()
-
-    step()  # gradients are there from now on
-    gc.collect()  # what an earlier test left must not go while this one is recorded
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = record.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return Measured(peak, attached)
-
-
 @pytest.fixture
 def group_of_two():
-    """Of this process alone: nothing is sent, and what is received has its size. gloo's threads let go of tensors when
-    they come to it, so with gloo the peak would depend on the machine."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
+    with replay.group_of_two():
+        yield
 
 
 CASES = {
@@ -134,6 +80,10 @@ CASES = {
         "model.config={num_hidden_layers: 8}",
     ),
     "offload to disk": (f"{CHECKPOINT}={{offload: disk, disk_groups: 2, resident_groups: 1}}",),
+    "offload in fp8": (f"{CHECKPOINT}={{offload: cpu, offload_dtype: fp8}}",),
+    "offload in fp8, kept attention, some stay": (
+        f"{CHECKPOINT}={{offload: cpu, offload_dtype: fp8, keep_attention: true, resident_groups: 2}}",
+    ),
     "qwen3": ("model.config={model_type: qwen3, head_dim: 32}",),
 }
 
@@ -159,6 +109,7 @@ def test_with_a_shared_sequence_too(group_of_two):
         "resident_groups: 1",
         "keep_attention: true, layers_per_group: 2, resident_groups: 1",
         "resident_groups: 3",
+        "offload_dtype: fp8, keep_attention: true, layers_per_group: 2",
     ],
 )
 def test_what_waits_in_host_memory_is_counted_to_the_byte_and_taken_at_once(settings):
