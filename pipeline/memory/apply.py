@@ -31,6 +31,13 @@ class Attached:
     gathered_whole: tuple[type[nn.Module], ...]
     """Modules that run their children several times per call: ZeRO-3 must gather them once, with all they hold."""
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """The most that waited at once, in host memory and on disk."""
+        if not isinstance(self.store, HostStore):
+            return 0
+        return self.store.peak_bytes + (0 if self.store.disk is None else self.store.disk.peak_bytes)
+
 
 def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
     """Attach everything the plan asks for, once the allocator is known to be what the plan set before CUDA started."""

@@ -15,7 +15,7 @@ SIZES = (
     "model.dtype=bfloat16",
     "memory.tiled_loss={tile_tokens: 4096}",
     "memory.tiled_mlp={tile_tokens: 4096}",
-    "memory.activation_checkpoint={offload: cpu}",
+    "memory.activation_checkpoint={offload: cpu, resident_groups: 0}",
     "hardware.gpus_per_node=1",
     f"data.seq_len={TOKENS}",
     "train.self_check=null",
@@ -28,6 +28,12 @@ CASES = {
     "no tiled MLP": ("memory.tiled_mlp=null",),
     "no tiled loss": ("memory.tiled_loss=null",),
     "no checkpoints": ("memory.activation_checkpoint=null",),
+    "no tiled norms": ("memory.tiled_norm=null",),
+    "some stay": ("memory.activation_checkpoint.resident_groups=2",),
+    "groups": ("memory.activation_checkpoint={layers_per_group: 2, resident_groups: 0}",),
+    "kept attention": ("memory.activation_checkpoint={keep_attention: true, resident_groups: 0}",),
+    "on disk": ("memory.activation_checkpoint={offload: disk, disk_groups: 2, resident_groups: 0}",),
+    "in fp8": ("memory.activation_checkpoint={offload_dtype: fp8, resident_groups: 0}",),
     "as many KV heads": ("model.config={num_key_value_heads: 16}",),
 }
 
