@@ -103,9 +103,9 @@ def packed_direct(corpus: Path, output: Path) -> dict[str, Any]:
 
 def packed_buffered(corpus: Path, output: Path) -> dict[str, Any]:
     """The same through the page cache, as on a file system without direct I/O."""
-    from pipeline.data import direct_file
+    from pipeline import direct_io
 
-    direct_file.DIRECT = 0
+    direct_io.DIRECT = 0
     return packed_direct(corpus, output)
 
 

@@ -3,11 +3,7 @@ writer at a fifth of the disk's speed. Where the file system cannot, it is writt
 emptied behind it.
 """
 
-import errno
-import mmap
 import os
-import warnings
-from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,18 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE = 4096  # direct I/O wants memory, file offset and size in multiples of it, on every common file system
+from pipeline.direct_io import PAGE, is_direct, open_direct, page_memory, whole_pages, write_at
+
 STAGE_BYTES = 1 << 20
 SETTLE_BYTES = 16 << 20  # through the cache, 2.3 GB took 6 s at once and 1.3-1.7 s so; direct I/O takes 1.3 s
-DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def aligned_tokens(count: int) -> NDArray[np.uint32]:
-    """uint32 [count], zeros, in memory that direct I/O can write from: in huge pages, which are sooner pinned."""
-    memory = mmap.mmap(-1, max(PAGE, -(-4 * count // PAGE) * PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint32, count)
+    """uint32 [count], zeros, in memory that direct I/O can write from."""
+    return np.frombuffer(page_memory(4 * count), np.uint32, count)
 
 
 class DirectFile:
@@ -37,18 +30,11 @@ class DirectFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stage = memoryview(mmap.mmap(-1, STAGE_BYTES))
+        self._stage = memoryview(page_memory(STAGE_BYTES))
         self._staged = 0
         self._written = 0
         self._settled = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        try:
-            self._descriptor = os.open(path, flags | DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._descriptor = os.open(path, flags, 0o666)
-            _warn(path)
+        self._descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     @property
     def position(self) -> int:
@@ -89,24 +75,14 @@ class DirectFile:
         self._staged = 0
 
     def _write_out(self, view: memoryview) -> None:
-        while view:
-            try:
-                count = os.pwrite(self._descriptor, view, self._written)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not fcntl(self._descriptor, F_GETFL) & DIRECT:
-                    error.filename = str(self._path)
-                    raise
-                fcntl(self._descriptor, F_SETFL, fcntl(self._descriptor, F_GETFL) & ~DIRECT)
-                _warn(self._path)
-                continue
-            self._written += count
-            view = view[count:]
+        write_at(self._descriptor, view, self._written, self._path)
+        self._written += len(view)
         if self._written - self._settled >= SETTLE_BYTES:
             self._settle()
 
     def _settle(self) -> None:
         """Gives back the pages of the cache, so that the same few are used again and none is dirty for long."""
-        if not fcntl(self._descriptor, F_GETFL) & DIRECT:
+        if not is_direct(self._descriptor):
             os.fdatasync(self._descriptor)
             os.posix_fadvise(self._descriptor, self._settled, 0, os.POSIX_FADV_DONTNEED)
         self._settled = self._written
@@ -114,7 +90,7 @@ class DirectFile:
     def _finish(self) -> None:
         """Writes the last page whole and cuts the file to its length."""
         size = self.position
-        self._staged = -(-self._staged // PAGE) * PAGE
+        self._staged = whole_pages(self._staged)
         self._flush()
         os.ftruncate(self._descriptor, size)
         os.fsync(self._descriptor)
@@ -123,12 +99,3 @@ class DirectFile:
 
 def _address(view: memoryview) -> int:
     return np.frombuffer(view, np.uint8).__array_interface__["data"][0]
-
-
-def _warn(path: Path) -> None:
-    """Once per process: Python shows a warning of one place and text once."""
-    warnings.warn(
-        f"the file system of {path.parent} has no direct I/O; writing through the page cache",
-        RuntimeWarning,
-        stacklevel=1,
-    )

@@ -23,10 +23,11 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.data.direct_file import PAGE, DirectFile
+from pipeline.data.direct_file import DirectFile
 from pipeline.data.files import file_digest, read_bytes_at
 from pipeline.data.loss_runs import Runs, count_labels
 from pipeline.data.manifest import Manifest, PartFile, read_manifest
+from pipeline.direct_io import PAGE
 from pipeline.errors import DataError
 from pipeline.files import replaced, write_json
 

@@ -23,7 +23,10 @@ def _check_fits(plan: JobPlan) -> None:
     load = load_of(plan)
     if load.fits:
         return
-    taken = [("a node's host memory", load.host.total, load.hardware.host_memory_bytes)]
+    taken = [
+        ("a node's host memory", load.host.total, load.hardware.host_memory_bytes),
+        ("a node's scratch disk", load.scratch.total, load.hardware.scratch_bytes),
+    ]
     if load.hardware.memory_bytes is not None:
         taken.insert(0, ("a GPU", load.gpu.total, load.hardware.memory_bytes))
     short = [f"{what} needs {need / GIB:,.1f} of {there / GIB:,.1f} GiB" for what, need, there in taken if need > there]

@@ -18,7 +18,7 @@ POLL_SECONDS = 2
 def rehearsal_of(plan: JobPlan) -> list[str]:
     """Overrides that make the recipe of a plan its rehearsal: the same mesh, short samples, nothing kept."""
     checkpoint = plan.recipe.memory.activation_checkpoint
-    kept = [] if checkpoint is None else zip(("keep_attention", "layers_per_group"), checkpoint.resolved, strict=True)
+    kept = () if checkpoint is None else checkpoint.resolved._asdict().items()
     return [
         *(f"memory.activation_checkpoint.{name}={str(value).lower()}" for name, value in kept),
         f"name={plan.recipe.name}-rehearsal",

@@ -23,10 +23,8 @@ from torch import nn
 
 from pipeline.attention.tape import AttentionTape
 from pipeline.errors import RunError
-from pipeline.memory.offload import DeviceStore, Handle, HostStore
+from pipeline.memory.offload import Store
 from pipeline.model.anatomy import decoder_layers
-
-Store = HostStore | DeviceStore
 
 
 def attach(model: nn.Module, *, store: Store, keep_attention: bool = False, layers_per_group: int = 1) -> None:
@@ -121,13 +119,13 @@ class _Checkpoint(torch.autograd.Function):
         for call in calls:
             tape = AttentionTape() if keep_attention else None
             hidden_states = call.run(hidden_states, tape)
-            ctx.kept.append([(store.put(out), store.put(lse)) for out, lse in tape.outputs] if tape else [])
+            ctx.kept.append([(store.put(out), store.put(lse, exact=True)) for out, lse in tape.outputs] if tape else [])
         return hidden_states
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None, torch.Tensor | None]:
         calls: list[_Call] = ctx.calls
-        kept: list[list[tuple[Handle, Handle]]] = ctx.kept
+        kept: list[list[tuple[Any, Any]]] = ctx.kept
         tapes = [AttentionTape([(ctx.store.get(out), ctx.store.get(lse)) for out, lse in pairs]) for pairs in kept]
         inputs = _inputs(calls, tapes, first=ctx.store.get(ctx.input))
         ctx.input = ctx.kept = None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -10,12 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_mlp, tiled_norm
+from pipeline.memory.disk import Disk
+from pipeline.memory.fp8 import Fp8Store
+from pipeline.memory.host_arena import check_node
 from pipeline.memory.offload import DeviceStore, HostStore
 from pipeline.memory.tiled_module import TiledModule
 from pipeline.model.anatomy import decoder_layers, lm_head
-from pipeline.plan.host_memory import arena_bytes
 from pipeline.plan.job import JobPlan
-from pipeline.recipe.schema import MemoryRecipe
+from pipeline.plan.offload import Offload, offload_of
+from pipeline.recipe.schema import ActivationCheckpoint, Gpu, MemoryRecipe
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,13 @@ class Attached:
     gathered_whole: tuple[type[nn.Module], ...]
     """Modules that run their children several times per call: ZeRO-3 must gather them once, with all they hold."""
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """The most that waited at once, in host memory and on disk."""
+        if not isinstance(self.store, HostStore):
+            return 0
+        return self.store.peak_bytes + (0 if self.store.disk is None else self.store.disk.peak_bytes)
+
 
 def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
     """Attach everything the plan asks for, once the allocator is known to be what the plan set before CUDA started."""
@@ -37,7 +48,8 @@ def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
         norm_tile_tokens=plan.norm_tile_tokens,
         mlp_tile_tokens=plan.mlp_tile_tokens,
         loss_tile_tokens=plan.loss_tile_tokens,
-        arena_bytes=arena_bytes(plan),
+        offload=offload_of(plan),
+        pinned=plan.recipe.hardware.gpu is not Gpu.CPU,
     )
 
 
@@ -48,10 +60,11 @@ def attach(
     norm_tile_tokens: int,
     mlp_tile_tokens: int,
     loss_tile_tokens: int,
-    arena_bytes: int = 0,
+    offload: Offload | None = None,
+    pinned: bool = False,
 ) -> Attached:
-    """Attach what the recipe asks for, from the inside of a layer outwards. `arena_bytes` of host memory are taken at
-    once for what is offloaded, and more where that is not enough.
+    """Attach what the recipe asks for, from the inside of a layer outwards. `offload` says what waits where; its
+    memory, pinned or not, and its room on disk are taken at once.
 
     1. Norms and the MLP: inside the layer, so that a checkpointed layer runs the tiled ones again.
     2. The layer: its checkpoint wraps all that is inside.
@@ -64,17 +77,50 @@ def attach(
     if memory.tiled_mlp is not None:
         tiled_mlp.attach(model, tile_tokens=mlp_tile_tokens)
     if memory.activation_checkpoint is not None:
-        keep_attention, layers_per_group = memory.activation_checkpoint.resolved
-        # While a group runs again, what the one before it needs is on its way: its input, its layers' outs and lses.
-        ahead = 1 + 2 * layers_per_group * keep_attention
-        offloads = memory.activation_checkpoint.offload == "cpu"
-        store = HostStore(capacity_bytes=arena_bytes, ahead=ahead) if offloads else DeviceStore()
+        keep_attention, layers_per_group = memory.activation_checkpoint.resolved[:2]
+        store = _store(memory.activation_checkpoint, offload, pinned=pinned)
         activation_checkpoint.attach(
-            model, store=store, keep_attention=keep_attention, layers_per_group=layers_per_group
+            model,
+            store=Fp8Store(store) if memory.activation_checkpoint.offload_dtype == "fp8" else store,
+            keep_attention=keep_attention,
+            layers_per_group=layers_per_group,
         )
     kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
     tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)
     return Attached(store, gathered_whole=(tiled_mlp.TiledMLP,) if memory.tiled_mlp is not None else ())
+
+
+def _store(feature: ActivationCheckpoint, offload: Offload | None, *, pinned: bool) -> HostStore | DeviceStore:
+    """Where layer inputs wait. Raises RunError if this machine has not the memory or the disk that are planned."""
+    if feature.offload is None:
+        return DeviceStore()
+    found = feature.resolved
+    # While a group runs again, what the one before it needs is on its way: its input, its layers' outs and lses.
+    ahead = 1 + 2 * found.layers_per_group * found.keep_attention
+    if offload is None:
+        return HostStore(ahead=ahead)
+    check_node(offload.ranks_of_node * (offload.arena_bytes + offload.staging_bytes))
+    store = HostStore(
+        capacity_bytes=offload.arena_bytes,
+        resident_tensors=offload.resident_tensors,
+        ahead=ahead,
+        disk=_disk(offload, pinned=pinned, checksums=feature.checksums) if offload.disk_groups else None,
+        is_on_disk=offload.is_on_disk,
+    )
+    store.reserve(pinned=pinned)
+    return store
+
+
+def _disk(offload: Offload, *, pinned: bool, checksums: bool) -> Disk:
+    disk = Disk(
+        Path(offload.scratch),
+        capacity_bytes=offload.disk_bytes,
+        staging_bytes=offload.staging_bytes,
+        pinned=pinned,
+        checksums=checksums,
+    )
+    disk.check_rate(offload.least_disk_rate)
+    return disk
 
 
 @contextmanager

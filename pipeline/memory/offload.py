@@ -1,95 +1,32 @@
-"""Where tensors wait from forward to backward: on the device, or in host memory.
+"""Where tensors wait from forward to backward: on the device, in host memory, or on disk.
 
 Backward asks for them in the opposite order, so host memory is a stack: one block, filled from the bottom up and given
 back from the top down. On a GPU the copies run on streams of their own; what is asked for next is on its way back
-before it is asked for. What was put last may stay on the device (`resident_bytes`), for it is asked for first.
+before it is asked for. What was put last may stay on the device (`resident_tensors`), for it is asked for first. What
+goes to disk passes through host memory, and is read twice as far ahead.
 On a CPU copies take the place of transfers, with the same bytes counted.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pipeline.errors import RunError
-from pipeline.plan.host_memory import ARENA_ALIGNMENT as ALIGNMENT
+from pipeline.memory.disk import Disk, Piece
+from pipeline.memory.host_arena import HostArena
 
-GROWTH_BYTES = 64 << 20  # of a block that was not planned: small runs and tests
 IN_FLIGHT = 2  # tensors on their way out whose device memory is not given back yet
-GIB = 1 << 30
 
 
-class HostArena:
-    """Host memory in few large blocks, a stack. Pinned blocks have exactly the bytes that were asked for.
+class Store(Protocol):
+    """Where tensors wait. `exact` ones come back as they went; others may be rounded."""
 
-    torch's own pinned memory is rounded up to powers of two, block by block.
-    """
+    def put(self, tensor: torch.Tensor, *, exact: bool = ...) -> Any: ...
 
-    def __init__(self, *, capacity_bytes: int = 0, pinned: bool) -> None:
-        self._pinned = pinned
-        self._blocks: list[torch.Tensor] = []
-        self._tops: list[int] = []
-        """Bytes in use of every block."""
-        self._taken: list[tuple[int, int]] = []
-        """Block, and its top before, of every piece that was taken."""
-        self._returned: set[int] = set()
-        if capacity_bytes:
-            self._grow(capacity_bytes)
-
-    @property
-    def reserved_bytes(self) -> int:
-        return sum(block.nbytes for block in self._blocks)
-
-    def take(self, like: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """Memory for a tensor of that shape and dtype, and its number."""
-        size = -(-like.nbytes // ALIGNMENT) * ALIGNMENT
-        block = next((b for b, top in enumerate(self._tops) if top + size <= self._blocks[b].nbytes), None)
-        if block is None:
-            self._grow(max(size, GROWTH_BYTES))
-            block = len(self._blocks) - 1
-        begin = self._tops[block]
-        self._taken.append((block, begin))
-        self._tops[block] = begin + size
-        piece = self._blocks[block][begin : begin + like.nbytes]
-        return len(self._taken) - 1, piece.view(like.dtype).view(like.shape)
-
-    def give_back(self, number: int) -> None:
-        """Piece `number` is done with; memory is free again once all that was taken after it is."""
-        self._returned.add(number)
-        while self._taken and len(self._taken) - 1 in self._returned:
-            self._returned.discard(len(self._taken) - 1)
-            block, begin = self._taken.pop()
-            self._tops[block] = begin
-
-    def _grow(self, size: int) -> None:
-        _check_room(size)
-        block = torch.empty(size, dtype=torch.uint8)
-        if self._pinned:
-            _pin(block)
-        self._blocks.append(block)
-        self._tops.append(0)
-
-
-def _check_room(size: int) -> None:
-    """Raises RunError if the machine has not that much memory left."""
-    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(memory["MemAvailable"].split()[0]) << 10
-    if size > available:
-        raise RunError(
-            f"offload needs {size / GIB:.1f} GiB of host memory on this rank, and {available / GIB:.1f} GiB are left; "
-            "raise memory.activation_checkpoint.layers_per_group, set keep_attention: false, or use more nodes"
-        )
-
-
-def _pin(block: torch.Tensor) -> None:
-    failed = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
-    if int(failed):
-        raise RunError(
-            f"{block.nbytes / GIB:.1f} GiB of host memory cannot be pinned (cudaHostRegister: {failed}); raise the "
-            "limit of locked memory (`ulimit -l`, or the container's), or offload less"
-        )
+    def get(self, handle: Any) -> torch.Tensor: ...
 
 
 @dataclass(eq=False)
@@ -102,87 +39,139 @@ class Handle:
     """On its device: not sent, or back again"""
     version: int = 0
     """Of the tensor when it was put, where it is still the same memory"""
+    position: int = 0
+    """How many were put before it and are still there"""
     waiting: torch.Tensor | None = None
     """In host memory"""
     number: int = -1
     """Of its memory in the arena"""
+    piece: Piece | None = None
+    """On disk"""
     arrival: Any = None
     """Of the last copy: on its stream"""
 
+    @property
+    def was_sent(self) -> bool:
+        return self.waiting is not None or self.piece is not None
+
 
 class HostStore:
-    """Puts tensors into host memory and brings them back.
+    """Puts tensors into host memory, or on `disk` those that `is_on_disk` says by position, and brings them back.
 
-    `capacity_bytes` are taken at once, and more where that is not enough; `resident_bytes` of what was put last stay on
-    the device; `ahead` tensors are on their way back before they are asked for. Raises RunError if the machine has not
-    that memory.
+    `capacity_bytes` are taken at once, and more where that is not enough; the last `resident_tensors` stay on the
+    device; `ahead` tensors are on their way back before they are asked for. Raises RunError if the machine has not
+    that memory, or the disk fails.
     """
 
-    def __init__(self, *, capacity_bytes: int = 0, resident_bytes: int = 0, ahead: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int = 0,
+        resident_tensors: int = 0,
+        ahead: int = 1,
+        disk: Disk | None = None,
+        is_on_disk: Callable[[int], bool] = lambda position: False,
+    ) -> None:
         self.held_bytes = 0
         self.peak_bytes = 0
         """The most that waited in host memory at once."""
-        self._capacity_bytes, self._resident_limit, self._ahead = capacity_bytes, resident_bytes, ahead
+        self.disk = disk
+        self._is_on_disk = is_on_disk
+        self._capacity_bytes, self._resident_tensors, self._ahead = capacity_bytes, resident_tensors, ahead
         self._arena: HostArena | None = None
         self._copies: _Copies | _StreamCopies | None = None
         self._open: list[Handle] = []
         """All that were put and not asked for, the last on top."""
         self._residents: deque[Handle] = deque()
-        self._resident_bytes = 0
 
     @property
     def reserved_bytes(self) -> int:
         """Of host memory, from the first tensor on."""
         return 0 if self._arena is None else self._arena.reserved_bytes
 
-    def put(self, tensor: torch.Tensor) -> Handle:
-        """Sends the tensor to host memory, or what was put before it if there is room for it on its device."""
+    def reserve(self, *, pinned: bool) -> None:
+        """Takes the memory now; else it is taken with the first tensor."""
+        self._copies = _StreamCopies() if pinned else _Copies()
+        self._arena = HostArena(capacity_bytes=self._capacity_bytes, pinned=pinned)
+
+    def put(self, tensor: torch.Tensor, *, exact: bool = True) -> Handle:
+        """Sends the tensor to where it waits, or what was put before it where the last ones stay on their device."""
         if self._copies is None:
-            self._copies = _StreamCopies() if tensor.is_cuda else _Copies()
-            self._arena = HostArena(capacity_bytes=self._capacity_bytes, pinned=tensor.is_cuda)
-        handle = Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version)
+            self.reserve(pinned=tensor.is_cuda)
+        handle = Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version, len(self._open))
         self._open.append(handle)
         self._residents.append(handle)
-        self._resident_bytes += handle.nbytes
-        while self._resident_bytes > self._resident_limit:
+        if len(self._residents) > self._resident_tensors:
             self._send(self._residents.popleft())
         return handle
 
     def get(self, handle: Handle) -> torch.Tensor:
         """The tensor, on its device. The ones below it are on their way then."""
-        assert self._copies is not None
-        assert self._arena is not None
         self._open.remove(handle)
-        if handle.waiting is None:
-            self._residents.remove(handle)
-            self._resident_bytes -= handle.nbytes
-            tensor = unchanged(handle)
-            handle.resident = None
+        if handle.was_sent:
+            tensor = self._brought_back(handle)
         else:
-            self._fetch(handle)
-            tensor = self._copies.arrived(handle)
-            handle.resident = None  # whoever holds the handle must not hold the tensor
-            self._arena.give_back(handle.number)
-            self.held_bytes -= handle.nbytes
+            self._residents.remove(handle)
+            tensor = unchanged(handle)
+        handle.resident = None  # whoever holds the handle must not hold the tensor
         for below in self._open[: -self._ahead - 1 : -1]:
             self._fetch(below)
+        for below in self._open[-self._ahead - 1 : -2 * self._ahead - 1 : -1]:
+            self._start_reading(below)
         return tensor
 
     def _send(self, handle: Handle) -> None:
         assert self._copies is not None
-        assert self._arena is not None
-        self._resident_bytes -= handle.nbytes
         tensor = unchanged(handle)
-        handle.number, handle.waiting = self._arena.take(tensor)
-        self._copies.send(tensor, handle)
+        if self.disk is not None and self._is_on_disk(handle.position):
+            handle.piece = self.disk.take(tensor)
+            self._copies.send(tensor, handle.piece.waiting, handle)
+            self.disk.write(handle.piece, after=handle.arrival)
+        else:
+            assert self._arena is not None
+            handle.number, handle.waiting = self._arena.take(tensor)
+            self._copies.send(tensor, handle.waiting, handle)
+            self.held_bytes += handle.nbytes
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         handle.resident = None
-        self.held_bytes += handle.nbytes
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def _start_reading(self, handle: Handle) -> None:
+        if handle.piece is not None and handle.resident is None:
+            assert self.disk is not None
+            self.disk.start_reading(handle.piece)
 
     def _fetch(self, handle: Handle) -> None:
-        if handle.waiting is not None and handle.resident is None:
-            assert self._copies is not None
-            self._copies.fetch(handle)
+        """Starts the way back to the device, if the tensor is in host memory by now."""
+        assert self._copies is not None
+        if handle.resident is not None:
+            return
+        if handle.waiting is not None:
+            self._copies.fetch(handle.waiting, handle)
+        elif handle.piece is not None:
+            assert self.disk is not None
+            self.disk.start_reading(handle.piece)
+            if self.disk.is_read(handle.piece):
+                self._fetch_piece(handle, handle.piece)
+
+    def _fetch_piece(self, handle: Handle, piece: Piece) -> None:
+        assert self._copies is not None
+        assert self.disk is not None
+        self._copies.fetch(self.disk.fetched(piece), handle)
+        self.disk.give_back(piece, read_by=handle.arrival)
+
+    def _brought_back(self, handle: Handle) -> torch.Tensor:
+        assert self._copies is not None
+        if handle.piece is not None and handle.resident is None:
+            assert self.disk is not None
+            self.disk.start_reading(handle.piece, wait_for_slot=True)
+            self._fetch_piece(handle, handle.piece)
+        self._fetch(handle)
+        tensor = self._copies.arrived(handle)
+        if handle.piece is None:
+            assert self._arena is not None
+            self._arena.give_back(handle.number)
+            self.held_bytes -= handle.nbytes
+        return tensor
 
 
 def unchanged(handle: Handle) -> torch.Tensor:
@@ -196,13 +185,11 @@ def unchanged(handle: Handle) -> torch.Tensor:
 class _Copies:
     """On a CPU: copies, at once."""
 
-    def send(self, tensor: torch.Tensor, handle: Handle) -> None:
-        assert handle.waiting is not None
-        handle.waiting.copy_(tensor)
+    def send(self, tensor: torch.Tensor, into: torch.Tensor, handle: Handle) -> None:
+        into.copy_(tensor)
 
-    def fetch(self, handle: Handle) -> None:
-        assert handle.waiting is not None
-        handle.resident = handle.waiting.clone()
+    def fetch(self, waiting: torch.Tensor, handle: Handle) -> None:
+        handle.resident = waiting.clone()
 
     def arrived(self, handle: Handle) -> torch.Tensor:
         assert handle.resident is not None
@@ -216,27 +203,25 @@ class _StreamCopies:
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
         self._leaving: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
-    def send(self, tensor: torch.Tensor, handle: Handle) -> None:
+    def send(self, tensor: torch.Tensor, into: torch.Tensor, handle: Handle) -> None:
         """The copy waits for what computes the tensor, and for reads of the host memory it goes to."""
-        assert handle.waiting is not None
         self._out.wait_stream(torch.cuda.current_stream())
         self._out.wait_stream(self._back)
         with torch.cuda.stream(self._out):
-            handle.waiting.copy_(tensor, non_blocking=True)
+            into.copy_(tensor, non_blocking=True)
         handle.arrival = self._out.record_event()
         self._leaving.append((handle.arrival, tensor))
         while len(self._leaving) > IN_FLIGHT:  # its memory is used again by computation: not before it has been read
             event, _ = self._leaving.popleft()
             torch.cuda.current_stream().wait_event(event)
 
-    def fetch(self, handle: Handle) -> None:
+    def fetch(self, waiting: torch.Tensor, handle: Handle) -> None:
         """Starts the way back. The memory it goes to may still be read by what was computed before."""
-        assert handle.waiting is not None
-        handle.resident = torch.empty_like(handle.waiting, device=handle.device)
+        handle.resident = torch.empty_like(waiting, device=handle.device)
         self._back.wait_stream(torch.cuda.current_stream())
         self._back.wait_event(handle.arrival)
         with torch.cuda.stream(self._back):
-            handle.resident.copy_(handle.waiting, non_blocking=True)
+            handle.resident.copy_(waiting, non_blocking=True)
         handle.arrival = self._back.record_event()
 
     def arrived(self, handle: Handle) -> torch.Tensor:
@@ -257,7 +242,7 @@ class DeviceStore:
 
     held_bytes = peak_bytes = 0
 
-    def put(self, tensor: torch.Tensor) -> Handle:
+    def put(self, tensor: torch.Tensor, *, exact: bool = True) -> Handle:
         return Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version)
 
     def get(self, handle: Handle) -> torch.Tensor:

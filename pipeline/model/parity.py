@@ -121,7 +121,9 @@ def train_attached(
     Raises RunError if a layer's attention does not come to our function.
     """
     layers = len(decoder_layers(model))
-    memory = load("tiny", overrides=["memory.activation_checkpoint.offload=cpu", *features]).memory
+    memory = load(
+        "tiny", overrides=["memory.activation_checkpoint={offload: cpu, resident_groups: 0, disk_groups: 0}", *features]
+    ).memory
     attach(
         model,
         memory,

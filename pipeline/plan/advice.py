@@ -11,6 +11,7 @@ from pipeline.plan.model_shape import ModelShape, model_shape
 from pipeline.recipe.load import apply_override, check
 from pipeline.recipe.schema import Recipe
 
+_PLANNED = "keep_attention: auto, resident_groups: auto, disk_groups: auto, checksums: false, offload_dtype: null"
 LEVELS: tuple[tuple[str, ...], ...] = (
     # One tuple per feature, from off to on.
     ("memory.tiled_loss=null", "memory.tiled_loss={tile_tokens: auto, kernel: own}"),
@@ -18,8 +19,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("memory.tiled_norm=null", "memory.tiled_norm={tile_tokens: auto}"),
     (
         "memory.activation_checkpoint=null",
-        "memory.activation_checkpoint={offload: null, keep_attention: auto, layers_per_group: 1}",
-        "memory.activation_checkpoint={offload: cpu, keep_attention: auto, layers_per_group: auto}",
+        f"memory.activation_checkpoint={{offload: null, layers_per_group: 1, {_PLANNED}}}",
+        f"memory.activation_checkpoint={{offload: cpu, layers_per_group: auto, {_PLANNED}}}",
+        f"memory.activation_checkpoint={{offload: disk, layers_per_group: 1, {_PLANNED}}}",
     ),
     ("zero.offload_optimizer=null", "zero.offload_optimizer=cpu"),
     ("zero.offload_parameters=null", "zero.offload_parameters=cpu"),
@@ -43,20 +45,19 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 def advise(plan: JobPlan) -> tuple[Advice, ...]:
     """Changes, each made after those before it, that make the plan fit; the cheapest first. None if it fits."""
     found: list[Advice] = []
-    now = estimate(plan)
+    now, recipe = estimate(plan), plan.recipe
     while not now.load.fits:
-        best = min(_helpful(now), key=lambda option: _cost(option[1], now), default=None)
+        best = min(_helpful(recipe, now), key=lambda option: _cost(option[1], now), default=None)
         if best is None:
-            return (*found, *_last_resorts(now))
+            return (*found, *_last_resorts(recipe, now))
         changes, after = best
         found.append(_advice(changes, now, after))
-        now = after
+        now, recipe = after, changed(recipe, changes)
     return tuple(found)
 
 
-def _helpful(now: Estimate) -> Iterator[tuple[tuple[str, ...], Estimate]]:
+def _helpful(recipe: Recipe, now: Estimate) -> Iterator[tuple[tuple[str, ...], Estimate]]:
     """Single changes that lessen what is missing of one memory and of none make it more."""
-    recipe = now.plan.recipe
     tiles = [
         f"memory.{name}.tile_tokens=auto"
         for name in ("tiled_loss", "tiled_mlp", "tiled_norm")
@@ -73,9 +74,9 @@ def _helpful(now: Estimate) -> Iterator[tuple[tuple[str, ...], Estimate]]:
             yield (change,), after
 
 
-def _last_resorts(now: Estimate) -> Iterator[Advice]:
+def _last_resorts(recipe: Recipe, now: Estimate) -> Iterator[Advice]:
     """A shorter sequence, and more nodes in its place."""
-    recipe, shape = now.plan.recipe, now.plan.model
+    shape = now.plan.model
     shorter = _planned(recipe, ("data.seq_len=auto",), shape)
     if shorter is not None:
         yield _advice((f"data.seq_len={shorter.seq_len}",), now, estimate(shorter))
@@ -97,9 +98,9 @@ def _planned(recipe: Recipe, changes: Sequence[str], shape: ModelShape) -> JobPl
         return None
 
 
-def _missing(now: Estimate) -> tuple[int, int]:
-    """Bytes, of GPU and host."""
-    return max(0, -now.load.gpu_free_bytes), max(0, -now.load.host_free_bytes)
+def _missing(now: Estimate) -> tuple[int, int, int]:
+    """Bytes, of GPU, host memory and scratch disk."""
+    return now.load.missing_bytes
 
 
 def _seconds_per_token(now: Estimate) -> float | None:

@@ -46,5 +46,4 @@ def _seconds(plan: "JobPlan") -> float:
 
 
 def _missing_bytes(plan: "JobPlan") -> int:
-    load = load_of(plan)
-    return max(0, -load.gpu_free_bytes) + max(0, -load.host_free_bytes)
+    return sum(load_of(plan).missing_bytes)

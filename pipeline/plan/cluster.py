@@ -132,6 +132,8 @@ class ClusterHardware(Section):
     host_memory_gib: Annotated[float, Field(gt=0)] | None = None
     fabric_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
     disk_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
+    scratch_gib: Annotated[float, Field(gt=0)] | None = None
+    scratch_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
     """As in a recipe; null is the GPU's profile in `plan/hardware.py`."""
 
 
@@ -161,7 +163,7 @@ class ClusterProfile(Section):
     shared: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Folders that every node sees under the same path; the folder of runs must lie in one. null: not checked."""
     scratch: str | None = None
-    """A folder of each node's own, for temporary files."""
+    """A folder of each node's own, for temporary files and for what is offloaded to disk."""
     umask: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] | None = None
     group: str | None = None
     """The group that run folders belong to."""
@@ -190,6 +192,7 @@ class ClusterProfile(Section):
         """What the cluster says in place of the recipe, as overrides of it."""
         hardware = self.hardware.model_dump(mode="json").items()
         said = [f"hardware.{name}={'null' if value is None else value}" for name, value in hardware]
+        said += [f"hardware.scratch='{self.scratch}'"] if self.scratch else []
         said += [f"hardware.nodes={nodes}"] if nodes is not None else []
         return said + ([f"tracking.uri='{self.tracking_uri}'"] if self.tracking_uri else [])
 

@@ -82,6 +82,7 @@ class Estimate:
             ("bytes of a rank's GPU", self.load.gpu.items),
             ("bytes of a node's host memory", self.load.host.items),
             ("bytes of a node's disk", self.disk.items),
+            ("bytes of a node's scratch disk", self.load.scratch.items),
             ("seconds of a step", () if self.seconds is None else self.seconds.items),
         ]
         for unit, items in rooms:
@@ -102,6 +103,7 @@ class Estimate:
             "gpu_bytes": _bytes(load.gpu.by_name, load.hardware.memory_bytes) | {"peak_at": load.gpu.moment},
             "host_bytes_per_node": _bytes(load.host.by_name, load.hardware.host_memory_bytes),
             "disk_bytes_per_node": {**self.disk.by_name, "total": self.disk.total},
+            "scratch_bytes_per_node": _bytes(load.scratch.by_name, load.hardware.scratch_bytes),
             "seconds_per_step": None if self.seconds is None else {**self.seconds.by_name, "total": self.seconds.total},
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,

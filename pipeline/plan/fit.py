@@ -26,7 +26,7 @@ def longest(plan_of: Callable[[int], "JobPlan"], *, sp: int) -> "JobPlan":
     fitting, low = plan_of(step), 1
     load = load_of(fitting)
     if not load.fits:
-        short = max(-load.gpu_free_bytes, -load.host_free_bytes) / GIB
+        short = max(load.missing_bytes) / GIB
         raise RecipeError(
             f"data.seq_len = auto: no length fits, {short:,.1f} GiB of {load.binding} memory are missing for "
             f"{step:,} tokens; `alst plan` with data.seq_len={step} tells what frees how much"

@@ -37,11 +37,17 @@ class Hardware:
     """Between nodes: the adapter beside each GPU."""
     disk_rate: float = 2 * GB
     """Written by a node to shared storage. An assumption: no vendor states it."""
+    scratch_bytes: int = 8 * 3840 * GB
+    """Of a node's own disks: eight NVMe of 3.84 TB, as in DGX A100 (80 GB), H100, H200 and B200."""
+    scratch_rate: float = 10 * GB
+    """Written and read there. An assumption: eight such disks do more, one of them a third."""
 
 
 HARDWARE: Mapping[Gpu, Hardware] = {
-    # No agreed peak: neither seconds nor MFU. 16 GiB is a laptop's.
-    Gpu.CPU: Hardware(None, None, 50 * GB, 10 * GB, 10 * GB, 16 * GIB, 1 * GB),
+    # No agreed peak: neither seconds nor MFU. 16 GiB is a laptop's, and any disk is as fast as this.
+    Gpu.CPU: Hardware(
+        None, None, 50 * GB, 10 * GB, 10 * GB, 16 * GIB, 1 * GB, scratch_bytes=16 * GB, scratch_rate=GB / 100
+    ),
     # NVIDIA A100 data sheet: 312 TFLOPS, 1,555 and 2,039 GB/s, NVLink 600 GB/s two-way, PCIe 4.0 x16; HDR 200 Gb/s;
     # DGX A100: 1 TB (40 GB), 2 TB (80 GB).
     Gpu.A100_40GB: Hardware(40960 * MIB, 312e12, 1555 * GB, 300 * GB, 32 * GB, 931 * GIB, 25 * GB),
@@ -61,16 +67,15 @@ HARDWARE: Mapping[Gpu, Hardware] = {
 def hardware_of(recipe: HardwareRecipe) -> Hardware:
     """The profile of the recipe's GPU, with what the recipe says instead."""
     profile = HARDWARE[recipe.gpu]
-    host, fabric, disk = (
-        recipe.host_memory_gib,
-        recipe.fabric_gigabytes_per_second,
-        recipe.disk_gigabytes_per_second,
-    )
+    host, fabric = recipe.host_memory_gib, recipe.fabric_gigabytes_per_second
+    disk, scratch_rate = recipe.disk_gigabytes_per_second, recipe.scratch_gigabytes_per_second
     return replace(
         profile,
         host_memory_bytes=profile.host_memory_bytes if host is None else int(host * GIB),
         fabric_rate=profile.fabric_rate if fabric is None else fabric * GB,
         disk_rate=profile.disk_rate if disk is None else disk * GB,
+        scratch_bytes=profile.scratch_bytes if recipe.scratch_gib is None else int(recipe.scratch_gib * GIB),
+        scratch_rate=profile.scratch_rate if scratch_rate is None else scratch_rate * GB,
     )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.plan import fitted
 from pipeline.plan.hardware import GIB, MIB
-from pipeline.plan.memory import Sizes, gpu_bytes, kept, states
+from pipeline.plan.memory import Sizes, gpu_bytes, in_host_memory, kept, on_disk, states
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ def optimizer(at: Sizes) -> Item:
     if not at.optimizer_offloaded:
         return Item("optimizer", ())
     here = (at.ranks_of_node,)
-    kept = states(at, *here, over=(at.ranks,))
+    held = states(at, *here, over=(at.ranks,))
     grads = term("gradients, summed and for the update", 2, ("bytes", at.state), at.parameters, *here, over=(at.ranks,))
     beside = ("bytes", fitted.constants.host_bytes_per_parameter)
     return Item(
-        "optimizer", (*kept, grads, term("what surrounds them", beside, at.parameters, *here, over=(at.ranks,)))
+        "optimizer", (*held, grads, term("what surrounds them", beside, at.parameters, *here, over=(at.ranks,)))
     )
 
 
@@ -55,17 +55,15 @@ def kept_attention(at: Sizes) -> Item:
 
 
 def _offloaded(at: Sizes) -> tuple[Term, ...]:
-    feature = at.recipe.memory.activation_checkpoint
-    if feature is None or feature.offload != "cpu":
-        return ()
-    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in kept(at))
+    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in in_host_memory(at))
 
 
-def arena_bytes(plan: "JobPlan") -> int:
-    """Of a rank's block for what waits: each tensor begins at a border of ARENA_ALIGNMENT."""
-    at = Sizes(plan)
-    pieces = at.groups + (2 * at.shape.num_layers if at.keeps_attention else 0)
-    return round(sum(part.value for part in kept(at))) + ARENA_ALIGNMENT * pieces
+def disk_staging(at: Sizes) -> Item:
+    """What passes through on its way to and from disk: two groups at a time."""
+    if not at.disk_groups:
+        return Item("disk_staging", ())
+    groups = kept(at, " on their way", groups=2, layers=2 * at.layers_per_group)
+    return Item("disk_staging", tuple(term(part.what, *part.factors, at.ranks_of_node) for part in groups))
 
 
 def loader(at: Sizes) -> Item:
@@ -94,6 +92,7 @@ HOST_ITEMS = (
     offloaded_parameters,
     activation_checkpoint,
     kept_attention,
+    disk_staging,
     loader,
     processes,
     system,
@@ -131,6 +130,12 @@ def _nodes(at: Sizes) -> tuple[Factor, ...]:
 DISK_ITEMS = (checkpoints, packed_data)
 
 
+def scratch_checkpoint(at: Sizes) -> Item:
+    """What of the checkpoints of layers waits on a node's own disk."""
+    waiting = tuple(term(part.what, *part.factors, at.ranks_of_node) for part in on_disk(at))
+    return Item("activation_checkpoint", waiting)
+
+
 @dataclass(frozen=True)
 class NodeBytes:
     """What a node holds."""
@@ -155,3 +160,8 @@ def disk_bytes(plan: "JobPlan") -> NodeBytes:
     """Of shared storage, per node."""
     at = Sizes(plan)
     return NodeBytes(tuple(item(at) for item in DISK_ITEMS))
+
+
+def scratch_bytes(plan: "JobPlan") -> NodeBytes:
+    """Of a node's own disk."""
+    return NodeBytes((scratch_checkpoint(Sizes(plan)),))

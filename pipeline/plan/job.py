@@ -17,6 +17,7 @@ from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.hardware import GIB
 from pipeline.plan.image import Image
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
+from pipeline.plan.placement import placed
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe, TiledMLP, TiledNorm
 
@@ -112,7 +113,7 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
 
 def _fastest_plan(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPlan:
     """The plan for samples of this length, with what is `auto` in what waits for backward as it is fastest."""
-    plans = [_plan_of(candidate, shape, sp, seq_len) for candidate in combinations(recipe)]
+    plans = [placed(_plan_of(candidate, shape, sp, seq_len)) for candidate in combinations(recipe)]
     return plans[0] if len(plans) == 1 else fastest(plans)
 
 

@@ -36,6 +36,9 @@ AFTER_LAYERS = (LOSS, LOSS_BACKWARD, FINAL_NORM)
 WIDE = 4.0
 """Bytes of float32, in which norms, losses and sums are computed."""
 
+FP8_SCALE_BYTES = 4
+"""Of a row that is offloaded in fp8."""
+
 # DeepSpeed 0.19's own defaults, in elements (deepspeed/runtime/zero/config.py); the engine does not change them.
 LIVE_PARAMETERS = 10**9
 REDUCE_BUCKET = 5 * 10**8
@@ -78,6 +81,11 @@ class Sizes:
     def d(self) -> float:
         """Bytes of an element of the model's dtype."""
         return 2.0 if self.recipe.model.dtype == "bfloat16" else 4.0
+
+    @property
+    def offloads_fp8(self) -> bool:
+        feature = self.recipe.memory.activation_checkpoint
+        return feature is not None and feature.offload_dtype == "fp8"
 
     @property
     def state(self) -> float:
@@ -145,16 +153,44 @@ class Sizes:
     def layers_per_group(self) -> int:
         """That share a checkpoint."""
         feature = self.recipe.memory.activation_checkpoint
-        return 1 if feature is None else min(feature.resolved[1], self.shape.num_layers)
+        return 1 if feature is None else min(feature.resolved.layers_per_group, self.shape.num_layers)
 
     @property
     def groups(self) -> int:
         return ceil(self.shape.num_layers / self.layers_per_group)
 
     @property
+    def resident_groups(self) -> int:
+        """The last ones, of an offload, that stay on the GPU."""
+        feature = self.recipe.memory.activation_checkpoint
+        return 0 if feature is None or feature.offload is None else min(feature.resolved.resident_groups, self.groups)
+
+    @property
+    def sent_groups(self) -> int:
+        """The first ones, that leave the GPU."""
+        feature = self.recipe.memory.activation_checkpoint
+        return 0 if feature is None or feature.offload is None else self.groups - self.resident_groups
+
+    @property
+    def sent_layers(self) -> int:
+        return min(self.sent_groups * self.layers_per_group, self.shape.num_layers)
+
+    @cached_property
+    def disk_groups(self) -> tuple[int, ...]:
+        """Numbers of the groups that wait on disk: spread, so that it is busy throughout, and the first among them."""
+        feature, sent = self.recipe.memory.activation_checkpoint, self.sent_groups
+        count = 0 if feature is None or feature.offload != "disk" else min(feature.resolved.disk_groups, sent)
+        return tuple(group for group in range(sent) if group * count % sent < count)
+
+    @property
+    def disk_layers(self) -> int:
+        size = self.layers_per_group
+        return sum(min(size, self.shape.num_layers - group * size) for group in self.disk_groups)
+
+    @property
     def keeps_attention(self) -> bool:
         feature = self.recipe.memory.activation_checkpoint
-        return feature is not None and feature.resolved[0]
+        return feature is not None and feature.resolved.keep_attention
 
     @property
     def parameters_offloaded(self) -> bool:
@@ -235,8 +271,8 @@ def batch(at: Sizes) -> Item:
 def activation_checkpoint(at: Sizes) -> Item:
     """What waits for backward on the GPU, of the layers other than the one that is live.
 
-    What is kept, and with offload only what is on its way back; the inputs and attention outputs of the group of layers
-    that is live; without the feature all that a layer saves.
+    What is kept, and with offload only what stays all the same and what is on its way back; the inputs and attention
+    outputs of the group of layers that is live; without the feature all that a layer saves.
     """
     feature = at.recipe.memory.activation_checkpoint
     if feature is None:
@@ -248,7 +284,7 @@ def activation_checkpoint(at: Sizes) -> Item:
             for count, moments in ((others, IN_LAYER), (at.layers, AFTER_LAYERS))
         )
         return Item("activation_checkpoint", terms)
-    waiting = _on_its_way(at) if feature.offload is not None else _kept_on_gpu(at)
+    waiting = _resident(at) if feature.offload is not None else _kept_on_gpu(at)
     return Item("activation_checkpoint", (*waiting, *_live_group(at)))
 
 
@@ -265,25 +301,55 @@ def kept_attention(at: Sizes, count: Factor) -> tuple[Term, ...]:
     )
 
 
-def kept(at: Sizes) -> tuple[Term, ...]:
-    """What waits from a rank's forward to its backward, wherever it does."""
-    attention = kept_attention(at, ("layers", at.shape.num_layers)) if at.keeps_attention else ()
-    return (kept_inputs(at, ("groups of layers", at.groups)), *attention)
+def kept(at: Sizes, what: str, *, groups: int, layers: int) -> tuple[Term, ...]:
+    """What so many groups of so many layers keep from a rank's forward to its backward, wherever it waits."""
+    inputs = _stored(at, kept_inputs(at, (f"groups of layers{what}", groups)), rows=1)
+    if not at.keeps_attention:
+        return (inputs,)
+    out, lse = kept_attention(at, (f"layers{what}", layers))
+    return inputs, _stored(at, out, rows=at.shape.num_query_heads), lse
+
+
+def _stored(at: Sizes, part: Term, *, rows: int) -> Term:
+    """With fp8 a byte an element, and a scale for each of a token's `rows`."""
+    if not at.offloads_fp8:
+        return part
+    _, tokens, (what, width), count = part.factors
+    with_scales = (f"{what} with scales", width + FP8_SCALE_BYTES * rows)
+    return term(part.what, ("bytes", 1.0), tokens, with_scales, count)
+
+
+def sent(at: Sizes) -> tuple[Term, ...]:
+    """What of it leaves the GPU."""
+    return kept(at, " that leave the GPU", groups=at.sent_groups, layers=at.sent_layers)
+
+
+def in_host_memory(at: Sizes) -> tuple[Term, ...]:
+    groups, layers = at.sent_groups - len(at.disk_groups), at.sent_layers - at.disk_layers
+    return kept(at, "", groups=groups, layers=layers) if groups else ()
+
+
+def on_disk(at: Sizes) -> tuple[Term, ...]:
+    return kept(at, " on disk", groups=len(at.disk_groups), layers=at.disk_layers) if at.disk_groups else ()
 
 
 def _kept_on_gpu(at: Sizes) -> tuple[Term, ...]:
     others = [kept_inputs(at, ("the other groups", at.groups - 1))]
     if at.keeps_attention:
         others += kept_attention(at, ("the other layers", at.shape.num_layers - 1))
-    return (*_at(IN_LAYER, others), *_at(AFTER_LAYERS, kept(at)))
+    everything = kept(at, "", groups=at.groups, layers=at.shape.num_layers)
+    return (*_at(IN_LAYER, others), *_at(AFTER_LAYERS, everything))
 
 
-def _on_its_way(at: Sizes) -> tuple[Term, ...]:
-    """While a group is live, what the one before it needs comes back from host memory."""
-    coming = [kept_inputs(at, ("the next group", 1))]
-    if at.keeps_attention:
-        coming += kept_attention(at, ("the next group's layers", at.layers_per_group))
-    return _at(IN_LAYER, coming) if at.groups > 1 else ()
+def _resident(at: Sizes) -> tuple[Term, ...]:
+    """The last groups, that stay, but for the live one; or what the next one needs, on its way back."""
+    resident, size = at.resident_groups, at.layers_per_group
+    held = kept(at, " that stay", groups=resident, layers=at.shape.num_layers - at.sent_layers) if resident else ()
+    if at.groups == 1:
+        return _at(AFTER_LAYERS, held)
+    others = max(1, resident - 1)
+    beside = " beside the live one" if others < resident else " on their way back"
+    return (*_at(IN_LAYER, kept(at, beside, groups=others, layers=others * size)), *_at(AFTER_LAYERS, held))
 
 
 def _live_group(at: Sizes) -> tuple[Term, ...]:

@@ -73,18 +73,23 @@ def _why_dp(plan: JobPlan) -> str:
 def _memory(estimate: Estimate) -> Table:
     """Items in rows, the memories in columns; what is nothing stays empty."""
     load = estimate.load
-    columns = (load.gpu.by_name, load.host.by_name, estimate.disk.by_name)
-    limits = (load.hardware.memory_bytes, load.hardware.host_memory_bytes, None)
+    columns = [load.gpu.by_name, load.host.by_name, estimate.disk.by_name]
+    limits = [load.hardware.memory_bytes, load.hardware.host_memory_bytes, None]
+    titles = ["GPU, a rank" if limits[0] else "tensors, a rank", "host, a node", "disk, a node"]
+    if load.scratch.total:
+        columns.append(load.scratch.by_name)
+        limits.append(load.hardware.scratch_bytes)
+        titles.append("scratch, a node")
     table = Table(box=SIMPLE_HEAD, pad_edge=True)
     table.add_column("GiB", style="cyan", no_wrap=True)
-    for title in ("GPU, a rank" if limits[0] else "tensors, a rank", "host, a node", "disk, a node"):
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for name in dict.fromkeys(name for column in columns for name in column):
         cells = [_gib(column.get(name, 0)) for column in columns]
         if any(cells):
             table.add_row(_words(name), *cells)
     table.add_section()
-    binding = {"gpu": 0, "host": 1}[load.binding]
+    binding = {"gpu": 0, "host": 1, "scratch": 3}[load.binding]
     totals = [sum(column.values()) for column in columns]
     marked = [f"{_gib(total)}{' < binds' if number == binding else ''}" for number, total in enumerate(totals)]
     table.add_row("total", *marked, style="bold")
@@ -111,9 +116,12 @@ def _seconds(estimate: Estimate) -> Table:
 
 def _waits(checkpoint: ActivationCheckpoint) -> str:
     """What is kept until backward, and where."""
-    keep_attention, layers_per_group = checkpoint.resolved
-    kept = "inputs" if layers_per_group == 1 else f"the input of every {layers_per_group} layers"
-    return f"{kept}{' and attention outputs' if keep_attention else ''} on {checkpoint.offload or 'device'}"
+    found = checkpoint.resolved
+    kept = "inputs" if found.layers_per_group == 1 else f"the input of every {found.layers_per_group} layers"
+    where = checkpoint.offload or "device"
+    stay = f", those of the last {found.resident_groups} on device" if found.resident_groups else ""
+    disk = f" in {found.disk_groups} groups of them" if checkpoint.offload == "disk" else ""
+    return f"{kept}{' and attention outputs' if found.keep_attention else ''} on {where}{disk}{stay}"
 
 
 def _hidden(item: Item) -> str:
@@ -151,7 +159,7 @@ def _verdict(estimate: Estimate) -> str:
         return f"fits; {load.binding} memory binds"
     missing = [
         f"{-free / GIB:,.1f} GiB of {name} memory"
-        for name, free in (("GPU", load.gpu_free_bytes), ("host", load.host_free_bytes))
+        for name, free in zip(("GPU", "host", "scratch"), load.free_bytes, strict=True)
         if free < 0
     ]
     return f"does NOT fit: {' and '.join(missing)} too much"

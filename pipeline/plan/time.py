@@ -12,7 +12,7 @@ from pipeline.plan.documents import DocumentMix
 from pipeline.plan.flops import attention_flops
 from pipeline.plan.hardware import Efficiency, efficiency_of
 from pipeline.plan.host_memory import checkpoint_bytes
-from pipeline.plan.memory import Sizes, kept
+from pipeline.plan.memory import Sizes, on_disk, sent
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -149,18 +149,28 @@ def offload(work: Work, compute_seconds: float) -> Item:
     rate = work.link(at.hardware.host_link_rate)
     part: tuple[Factor, ...] = (("bytes", at.d), at.parameters, work.micro_batches)
     terms: list[Term] = []
-    feature = at.recipe.memory.activation_checkpoint
-    if feature is not None and feature.offload is not None:
-        moved = [
-            term(f"{part.what}, there and back", 2, *part.factors, work.micro_batches, over=rate) for part in kept(at)
-        ]
-        beside = min(sum(part.value for part in moved), compute_seconds)
-        terms += [*moved, term("hidden behind the computation", -1, ("seconds", beside))]
+    if at.sent_groups:
+        terms += _beside(work, sent(at), (), rate, compute_seconds)
+    if at.disk_groups:
+        disk = (("bytes/s of a node's disk", at.hardware.scratch_rate),)
+        terms += _beside(work, on_disk(at), (at.ranks_of_node,), disk, compute_seconds)
     if at.parameters_offloaded:
         terms.append(term("weights, for both passes", 2, *part, over=(at.ranks, *rate)))
     if at.optimizer_offloaded:
         terms.append(term("gradients, and the new weights", 2, *part, over=(at.ranks, *rate)))
     return Item("offload", tuple(terms))
+
+
+def _beside(
+    work: Work, parts: tuple[Term, ...], factors: tuple[Factor, ...], over: tuple[Factor, ...], compute_seconds: float
+) -> list[Term]:
+    """Copies there and back, less what hides behind the computation."""
+    both = [
+        term(f"{part.what}, there and back", 2, *part.factors, *factors, work.micro_batches, over=over)
+        for part in parts
+    ]
+    hidden = min(sum(part.value for part in both), compute_seconds)
+    return [*both, term("hidden behind the computation", -1, ("seconds", hidden))]
 
 
 def update(work: Work) -> Item:

@@ -5,7 +5,7 @@ A feature that is off is null. A value `auto` is resolved by the plan and writte
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -267,19 +267,53 @@ class TiledNorm(Section):
 class ActivationCheckpoint(Section):
     """Keep the input of every k-th layer only, and run the layers again in backward."""
 
-    offload: Literal["cpu"] | None
-    """Where what is kept waits: null is the device, cpu is host memory (ALST §3.3)."""
+    offload: Literal["cpu", "disk"] | None
+    """Where what is kept waits: null is the device, cpu is host memory (ALST §3.3), disk is host memory and, for what
+    it has no room for, a file in hardware.scratch."""
     keep_attention: bool | Auto
     """Keep attention's output too, as many bytes again: the kernel runs once in forward and not again."""
     layers_per_group: Count | Auto
     """Layers that share one checkpoint: 1/k of the bytes for one more forward of the layers."""
+    resident_groups: NonNegative | Auto
+    """Groups, the last ones, that stay on the device all the same; auto is as many as it has room for."""
+    disk_groups: NonNegative | Auto
+    """Groups that wait on disk; auto is as many as host memory has no room for."""
+    checksums: bool
+    """What comes back from disk is compared with what went there."""
+    offload_dtype: Literal["fp8"] | None
+    """Of what is offloaded, but for log-sum-exp; fp8 halves it, and gradients are off by what docs/memory.md says."""
+
+    @model_validator(mode="after")
+    def _disk_is_asked_for(self) -> "ActivationCheckpoint":
+        if self.disk_groups not in ("auto", 0) and self.offload != "disk":
+            raise ValueError(
+                f"disk_groups {self.disk_groups} needs offload disk, not {self.offload or 'null'}; set offload: disk, "
+                "or disk_groups: auto"
+            )
+        if self.offload_dtype is not None and self.offload is None:
+            raise ValueError(
+                f"offload_dtype {self.offload_dtype} needs offload cpu or disk, not null; set offload_dtype: null, or "
+                "offload: cpu"
+            )
+        return self
 
     @property
-    def resolved(self) -> tuple[bool, int]:
-        """(keep_attention, layers_per_group), as a plan has written them."""
+    def resolved(self) -> "ResolvedCheckpoint":
+        """What `auto` may stand for, as a plan has written it."""
         assert self.keep_attention != "auto"
         assert self.layers_per_group != "auto"
-        return self.keep_attention, self.layers_per_group
+        assert self.resident_groups != "auto"
+        assert self.disk_groups != "auto"
+        return ResolvedCheckpoint(self.keep_attention, self.layers_per_group, self.resident_groups, self.disk_groups)
+
+
+class ResolvedCheckpoint(NamedTuple):
+    """The values of ActivationCheckpoint that a plan finds."""
+
+    keep_attention: bool
+    layers_per_group: int
+    resident_groups: int
+    disk_groups: int
 
 
 class Allocator(Section):
@@ -407,6 +441,12 @@ class HardwareRecipe(Section):
     """Between nodes: of the network adapter beside each GPU, one way."""
     disk_gigabytes_per_second: Annotated[float, Field(gt=0)] | None
     """That a node writes to shared storage."""
+    scratch: str | None
+    """A folder on a disk of each node's own, for what is offloaded there; null is TMPDIR."""
+    scratch_gib: Annotated[float, Field(gt=0)] | None
+    """That there is room for in it."""
+    scratch_gigabytes_per_second: Annotated[float, Field(gt=0)] | None
+    """That it is written and read with, all ranks of a node together."""
 
 
 class Recipe(Section):

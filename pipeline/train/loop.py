@@ -145,7 +145,7 @@ def _record(
         peak_flops_per_rank=HARDWARE[plan.recipe.hardware.gpu].peak_flops,
         peak_device_bytes=result.peak_device_bytes,
         peak_host_rss_bytes=max(result.peak_host_rss_bytes),
-        offloaded_bytes=0 if attached.store is None else attached.store.peak_bytes,
+        offloaded_bytes=attached.offloaded_bytes,
         eta_seconds=timer.eta_seconds(plan.recipe.train.steps - batch.step - 1),
     )
 

@@ -21,6 +21,7 @@ from pipeline.data.packed_dataset import PackedDataset
 from pipeline.errors import RunError, UserError
 from pipeline.memory.apply import Attached, attach_features
 from pipeline.metrics.console import ProgressLine, gib
+from pipeline.metrics.meter import peak_device_bytes
 from pipeline.metrics.plots import plot_training
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.summary import print_summary, summarize
@@ -29,6 +30,7 @@ from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
+from pipeline.plan.savings import savings_lines
 from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
@@ -78,6 +80,7 @@ def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda:
     outcome = _train(trainee, loader, attached, watch, checkpointer, tracker, run_dir, stop_asked)
     peaks = enumerate(outcome.peak_host_rss_bytes)
     _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in peaks))
+    _say(mesh, "\n".join(savings_lines(plan, peak_bytes=peak_device_bytes() or max(outcome.peak_host_rss_bytes))))
     if outcome.stopped:
         _say(mesh, "stopped as asked; what is done is saved")
     elif mesh.rank == 0:

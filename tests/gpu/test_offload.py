@@ -1,9 +1,15 @@
 """Host memory and a GPU: copies on streams of their own bring back what was sent, while the GPU computes."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
-from pipeline.memory.offload import HostArena, HostStore
+from pipeline.memory.disk import Disk
+from pipeline.memory.fp8 import Fp8Store, narrowed, widened
+from pipeline.memory.host_arena import HostArena
+from pipeline.memory.offload import DeviceStore, HostStore
 
 MIB = 1 << 20
 
@@ -12,16 +18,26 @@ def tensor_of(number: int, size: int = 4 * MIB) -> torch.Tensor:
     return torch.full((size,), float(number), dtype=torch.bfloat16, device="cuda")
 
 
+def disk_in(folder: Path, staging_bytes: int = 24 * MIB) -> Disk:
+    return Disk(folder, capacity_bytes=0, staging_bytes=staging_bytes, pinned=True, checksums=True)
+
+
 def busy(seconds: float = 0.2) -> None:
     """The compute stream has something to do for about so long."""
     torch.cuda._sleep(int(seconds * 1e9))
 
 
-@pytest.mark.parametrize("resident_bytes", [0, 20 * MIB, 1 << 40])
+@pytest.mark.parametrize("resident_tensors", [0, 3, 100])
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_nothing_is_read_before_it_is_written_or_overwritten_before_it_is_read(resident_bytes, ahead):
+@pytest.mark.parametrize("every", [0, 1, 2], ids=["host", "disk", "both"])
+def test_nothing_is_read_before_it_is_written_or_overwritten_before_it_is_read(
+    tmp_path, resident_tensors, ahead, every
+):
     """Memory of tensors that leave is freed and used again at once, and the host memory by the next micro-batch."""
-    store = HostStore(resident_bytes=resident_bytes, ahead=ahead)
+    disk = disk_in(tmp_path) if every else None
+    store = HostStore(
+        resident_tensors=resident_tensors, ahead=ahead, disk=disk, is_on_disk=lambda position: position % every == 0
+    )
     for round_ in range(3):
         handles = []
         for number in range(12):
@@ -66,3 +82,42 @@ def test_the_device_holds_no_more_than_what_is_on_its_way():
     while handles:
         store.get(handles.pop())
     assert torch.cuda.max_memory_allocated() - before <= 5 * size
+
+
+def test_eight_bits_are_the_same_on_a_gpu():
+    tensor = torch.randn(5000, 128, dtype=torch.bfloat16, device="cuda")
+    store = Fp8Store(HostStore())
+    expected = widened(narrowed(tensor.cpu()), torch.bfloat16)
+    assert torch.equal(store.get(store.put(tensor)).cpu(), expected)
+
+
+STALL = 0.15
+"""Of a step, at most, that copies may cost where the computation lasts four times as long as they do."""
+
+
+@pytest.mark.parametrize("where", ["host", "fp8"])
+def test_copies_hide_behind_the_computation(where, record_property):
+    """The stall of a step: what it lasts longer than one whose tensors stay."""
+    layers, size = 16, 128 * MIB
+    copies = layers * 2 * size / 20e9  # a pinned PCIe link of the fourth generation
+
+    def step(store) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        handles = []
+        for number in range(layers):
+            busy(4 * copies / layers / 2)
+            handles.append(store.put(tensor_of(number, size // 2)))
+        while handles:
+            store.get(handles.pop())
+            busy(4 * copies / layers / 2)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    host = HostStore(capacity_bytes=layers * size)
+    store = Fp8Store(host) if where == "fp8" else host
+    step(store)  # pins
+    stays, moved = step(DeviceStore()), step(store)
+    record_property("stall_seconds", moved - stays)
+    print(f"offload stall of a step: {moved - stays:.3f} s of {stays:.3f} s")
+    assert moved - stays < STALL * stays

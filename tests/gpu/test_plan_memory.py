@@ -15,7 +15,7 @@ SIZES = (
     "model.dtype=bfloat16",
     "memory.tiled_loss={tile_tokens: 4096}",
     "memory.tiled_mlp={tile_tokens: 4096}",
-    "memory.activation_checkpoint={offload: cpu}",
+    "memory.activation_checkpoint={offload: cpu, resident_groups: 0}",
     "hardware.gpus_per_node=1",
     f"data.seq_len={TOKENS}",
     "train.self_check=null",
@@ -28,6 +28,12 @@ CASES = {
     "no tiled MLP": ("memory.tiled_mlp=null",),
     "no tiled loss": ("memory.tiled_loss=null",),
     "no checkpoints": ("memory.activation_checkpoint=null",),
+    "no tiled norms": ("memory.tiled_norm=null",),
+    "some stay": ("memory.activation_checkpoint.resident_groups=2",),
+    "groups": ("memory.activation_checkpoint={layers_per_group: 2, resident_groups: 0}",),
+    "kept attention": ("memory.activation_checkpoint={keep_attention: true, resident_groups: 0}",),
+    "on disk": ("memory.activation_checkpoint={offload: disk, disk_groups: 2, resident_groups: 0}",),
+    "in fp8": ("memory.activation_checkpoint={offload_dtype: fp8, resident_groups: 0}",),
     "as many KV heads": ("model.config={num_key_value_heads: 16}",),
 }
 
@@ -43,6 +49,7 @@ def test_the_planned_activations_are_what_cuda_allocates(device, name):
     from pipeline.parallel.mesh import Mesh
     from pipeline.plan.job import plan_job
     from pipeline.plan.memory import activation_bytes, activation_moment
+    from pipeline.plan.offload import offload_of
     from pipeline.recipe.load import load
 
     kernel = choose("auto", device=device).kernel
@@ -50,8 +57,10 @@ def test_the_planned_activations_are_what_cuda_allocates(device, name):
     plan = plan_job(load("tiny", overrides=asked))
     register()
     model = build_model(plan.recipe.model, attention=NAME, seed=0).to(device)
-    tiles = {"mlp_tile_tokens": plan.mlp_tile_tokens, "loss_tile_tokens": plan.loss_tile_tokens}
-    attach(model, plan.recipe.memory, **tiles)  # not attach_features: this process set no allocator
+    tiles = {f"{name}_tile_tokens": getattr(plan, f"{name}_tile_tokens") for name in ("norm", "mlp", "loss")}
+    attach(
+        model, plan.recipe.memory, **tiles, offload=offload_of(plan), pinned=True
+    )  # not attach_features: this process set no allocator
     ids = torch.randint(plan.model.vocab_size, (1, TOKENS), device=device)
     bounds = torch.tensor([0, TOKENS // 3, TOKENS], dtype=torch.int32)
     context = AttentionContext(segments_of(bounds, device=device), Mesh(0, 1, 1, None), kernel)

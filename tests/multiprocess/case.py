@@ -19,6 +19,7 @@ FEATURES = {
         "memory.activation_checkpoint.keep_attention=true",
         "memory.activation_checkpoint.layers_per_group=2",
     ),
+    "disk": ("memory.activation_checkpoint={offload: disk, disk_groups: 1, resident_groups: 1, checksums: true}",),
 }
 """Overrides that leave each memory feature alone on, or all, or all and what the default leaves off."""
 

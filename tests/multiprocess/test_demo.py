@@ -83,7 +83,15 @@ def test_the_first_step_is_the_one_that_was_checked_against_the_stock_model_at_s
 
 def test_every_step_is_told_on_the_console_and_the_end_sums_up(demo):
     assert len(re.findall(r"^step +\d+/20  loss +\d", demo.printed, flags=re.M)) == STEPS
-    for word in ("tok/s", "peak RSS per process: rank 0", "samples", "MLflow", "make demo-million"):
+    for word in (
+        "tok/s",
+        "peak RSS per process: rank 0",
+        "measured at the peak",
+        "  tiled_loss ",
+        "samples",
+        "MLflow",
+        "make demo-million",
+    ):
         assert word in demo.printed
 
 

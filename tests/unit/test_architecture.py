@@ -17,13 +17,14 @@ ROOMS: dict[str, set[str]] = {
     "cli": {"recipe", "plan", "launch", "data", "model.support", "train.export", "metrics.memory_plot", "bench"},
     "errors": set(),
     "files": set(),
+    "direct_io": set(),
     "recipe": set(),
     "plan": {"recipe"},
     "launch": {"recipe", "plan", "data", "train"},  # data and train: inside functions of entry only, see below
     "parallel": set(),
-    "data": {"recipe", "plan", "parallel.shard"},
+    "data": {"recipe", "plan", "parallel.shard", "direct_io"},
     "attention": {"parallel"},
-    "memory": {"recipe", "plan", "parallel", "attention", "model.anatomy"},  # anatomy: where in a model to attach
+    "memory": {"recipe", "plan", "parallel", "attention", "direct_io", "model.anatomy"},  # anatomy: where to attach
     "model": {"recipe", "plan", "parallel", "attention", "memory"},
     "metrics": {"recipe", "plan"},
     "train": {"recipe", "plan", "data", "parallel", "attention", "memory", "model", "metrics"},
@@ -230,6 +231,10 @@ def test_features_do_not_know_each_other_and_apply_knows_them_all():
     """A checkpoint has a store to keep its inputs in, and what is tiled is tiled in one way; no other may know one."""
     may = {
         ("pipeline.memory.activation_checkpoint", "pipeline.memory.offload"),
+        ("pipeline.memory.offload", "pipeline.memory.host_arena"),
+        ("pipeline.memory.offload", "pipeline.memory.disk"),
+        ("pipeline.memory.fp8", "pipeline.memory.offload"),
+        ("pipeline.memory.disk", "pipeline.memory.host_arena"),
         ("pipeline.memory.tiled_mlp", "pipeline.memory.tiled_module"),
         ("pipeline.memory.tiled_norm", "pipeline.memory.tiled_module"),
     }

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pipeline.data import lock, sources, write
 from pipeline.data.amounts import copies_of
 from pipeline.data.batch import batch_of
-from pipeline.data.direct_file import PAGE, DirectFile, aligned_tokens
+from pipeline.data.direct_file import DirectFile, aligned_tokens
 from pipeline.data.job import PackJob, Task
 from pipeline.data.lock import shared_by_job
 from pipeline.data.loss_runs import whole
@@ -30,6 +30,7 @@ from pipeline.data.order import LikeCosts, by_cost
 from pipeline.data.pack import pack, task_of
 from pipeline.data.packed_dataset import SLICE_TOKENS, PackedDataset, SampleContent, write_part
 from pipeline.data.packing import seeded_order
+from pipeline.direct_io import PAGE
 from pipeline.errors import DataError
 from pipeline.recipe.schema import JsonlSource, LengthWeight, Recipe
 from tests.unit.data_support import (

@@ -14,8 +14,11 @@ from pipeline.recipe.load import load
 TOO_LONG = ["memory.tiled_norm=null", "data.seq_len=4194304"]
 
 
+FIXED = "memory.activation_checkpoint={keep_attention: false, layers_per_group: 1, resident_groups: 0}"
+
+
 def planned(*overrides: str) -> JobPlan:
-    return plan_job(load("llama8b", overrides=list(overrides)))
+    return plan_job(load("llama8b", overrides=[FIXED, *overrides]))
 
 
 def lasting(time: str) -> ClusterProfile:

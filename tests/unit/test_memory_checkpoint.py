@@ -60,10 +60,15 @@ def run(*, store=None, attached: bool = True, **settings) -> Run:
     for layer in decoder_layers(model):
         layer.mlp.register_forward_pre_hook(lambda *_: layer_forwards.__setitem__(0, layer_forwards[0] + 1))
     loss = forward(model, kernel)
-    held = store.held_bytes
+    held = counted(store).held_bytes
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return Run(loss.detach(), gradients, kernel.forwards, layer_forwards[0], held, store.held_bytes)
+    return Run(loss.detach(), gradients, kernel.forwards, layer_forwards[0], held, counted(store).held_bytes)
+
+
+def counted(store) -> HostStore | DeviceStore:
+    """The store that counts bytes, which may be inside another."""
+    return getattr(store, "store", store)
 
 
 def forward(model: PreTrainedModel, kernel: CpuKernel) -> torch.Tensor:

@@ -1,35 +1,19 @@
-"""The planner's activation bytes against the peak that a tiny model's forward and backward really allocate on the CPU.
-
-Every allocation and release of torch's allocator is replayed from the profiler's record, so the peak is exact and the
-same on every machine. Weights and optimizer states are there before and are not counted; gradients are added into
-tensors that are there before.
-"""
-
-import gc
-from dataclasses import dataclass
+"""The planner's activation bytes against the peak that a tiny model's forward and backward really allocate on the CPU:
+`benchmarks/replay.py` says how it is measured."""
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pipeline.attention.function import NAME, AttentionContext, register
-from pipeline.attention.kernels.cpu import CpuKernel
-from pipeline.attention.segments import segments_of
-from pipeline.memory.apply import Attached, attach_features
+from benchmarks import replay
+from benchmarks.replay import measured
 from pipeline.memory.offload import HostStore
-from pipeline.model.build import build_model
-from pipeline.parallel.mesh import Mesh
-from pipeline.plan.host_memory import arena_bytes, host_bytes
+from pipeline.plan.host_memory import host_bytes, scratch_bytes
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.memory import MOMENTS, activation_bytes, activation_moment
+from pipeline.plan.offload import offload_of
 from pipeline.recipe.load import load
 
 TOKENS = 2048
 """Of a shard: the hidden states are then far larger than the weights, whose gradients ZeRO would take away."""
-DOCUMENT = 64
-"""Short: the CPU kernel's block of scores, which the planner leaves out, is then small."""
 TOLERANCE = 0.04
 
 CHECKPOINT = "memory.activation_checkpoint"
@@ -47,52 +31,15 @@ SIZES = (
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    peak_bytes: int
-    attached: Attached
-
-
 def planned(*overrides: str, sp: int = 1) -> JobPlan:
     mesh = (f"hardware.gpus_per_node={sp}", f"parallel.sp={sp}", f"data.seq_len={TOKENS * sp}")
     return plan_job(load("tiny", overrides=[*SIZES, *mesh, *overrides]))
 
 
-def measured(plan: JobPlan) -> Measured:
-    """The peak of a second forward and backward of the plan's model, with what the plan attaches."""
-    register()
-    model = build_model(plan.recipe.model, attention=NAME, seed=0)
-    attached = attach_features(model, plan)
-    ids = torch.randint(plan.model.vocab_size, (1, TOKENS))
-    bounds = torch.arange(0, plan.seq_len + 1, DOCUMENT, dtype=torch.int32)
-    group = dist.group.WORLD if plan.sp > 1 else None
-    mesh = Mesh(rank=0, world_size=plan.sp, sp=plan.sp, sp_group=group)
-    context = AttentionContext(segments_of(bounds, device=torch.device("cpu")), mesh, CpuKernel())
-    inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(TOKENS)[None]}
-
-    def step() -> None:
-        model(**inputs, attention_context=context).backward()
-
-    step()  # gradients are there from now on
-    gc.collect()  # what an earlier test left must not go while this one is recorded
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = record.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return Measured(peak, attached)
-
-
 @pytest.fixture
 def group_of_two():
-    """Of this process alone: nothing is sent, and what is received has its size. gloo's threads let go of tensors when
-    they come to it, so with gloo the peak would depend on the machine."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
+    with replay.group_of_two():
+        yield
 
 
 CASES = {
@@ -126,6 +73,17 @@ CASES = {
         f"{CHECKPOINT}={{offload: cpu, keep_attention: true, layers_per_group: 2}}",
         "model.config={num_hidden_layers: 4}",
     ),
+    "offload, all stay but one": (f"{CHECKPOINT}={{offload: cpu, resident_groups: 2}}",),
+    "offload, all stay": (f"{CHECKPOINT}={{offload: cpu, resident_groups: 3, keep_attention: true}}",),
+    "offload, some groups stay": (
+        f"{CHECKPOINT}={{offload: cpu, resident_groups: 2, keep_attention: true, layers_per_group: 2}}",
+        "model.config={num_hidden_layers: 8}",
+    ),
+    "offload to disk": (f"{CHECKPOINT}={{offload: disk, disk_groups: 2, resident_groups: 1}}",),
+    "offload in fp8": (f"{CHECKPOINT}={{offload: cpu, offload_dtype: fp8}}",),
+    "offload in fp8, kept attention, some stay": (
+        f"{CHECKPOINT}={{offload: cpu, offload_dtype: fp8, keep_attention: true, resident_groups: 2}}",
+    ),
     "qwen3": ("model.config={model_type: qwen3, head_dim: 32}",),
 }
 
@@ -142,14 +100,38 @@ def test_with_a_shared_sequence_too(group_of_two):
     assert activation_bytes(plan) == pytest.approx(measured(plan).peak_bytes, rel=TOLERANCE), activation_moment(plan)
 
 
-@pytest.mark.parametrize("settings", ["", "keep_attention: true", "keep_attention: true, layers_per_group: 2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "",
+        "keep_attention: true",
+        "keep_attention: true, layers_per_group: 2",
+        "resident_groups: 1",
+        "keep_attention: true, layers_per_group: 2, resident_groups: 1",
+        "resident_groups: 3",
+        "offload_dtype: fp8, keep_attention: true, layers_per_group: 2",
+    ],
+)
 def test_what_waits_in_host_memory_is_counted_to_the_byte_and_taken_at_once(settings):
     plan = planned(f"memory.activation_checkpoint={{offload: cpu, {settings}}}")
     store = measured(plan).attached.store
     assert isinstance(store, HostStore)
     host = host_bytes(plan).by_name
     assert store.peak_bytes == host["activation_checkpoint"] + host["kept_attention"]
-    assert store.reserved_bytes == arena_bytes(plan), "it did not have to grow"
+    assert store.reserved_bytes == offload_of(plan).arena_bytes, "it did not have to grow"
+
+
+def test_what_waits_on_disk_is_counted_to_the_byte_and_host_memory_holds_the_rest(tmp_path):
+    settings = "keep_attention: true, layers_per_group: 2, disk_groups: 2, resident_groups: 1, checksums: true"
+    scratch = (f"hardware.scratch={tmp_path}", "model.config={num_hidden_layers: 7}")
+    plan = planned(f"memory.activation_checkpoint={{offload: disk, {settings}}}", *scratch)
+    store = measured(plan).attached.store
+    assert isinstance(store, HostStore)
+    host = host_bytes(plan).by_name
+    assert store.disk.peak_bytes == scratch_bytes(plan).total > 0
+    assert store.peak_bytes == host["activation_checkpoint"] + host["kept_attention"] > 0
+    assert store.reserved_bytes == offload_of(plan).arena_bytes
+    assert sum(slot.memory.nbytes for slot in store.disk._slots) <= offload_of(plan).staging_bytes
 
 
 def test_the_cases_meet_the_moments_that_differ():

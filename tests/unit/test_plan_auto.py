@@ -10,7 +10,8 @@ from pipeline.plan.time import step_seconds
 from pipeline.recipe.load import load
 
 CHECKPOINT = "memory.activation_checkpoint"
-AUTO = f"{CHECKPOINT}={{keep_attention: auto, layers_per_group: auto}}"
+AUTO = f"{CHECKPOINT}={{keep_attention: auto, layers_per_group: auto, resident_groups: 0}}"
+RESIDENT = f"{CHECKPOINT}.resident_groups=auto"
 
 
 def planned(*overrides: str, recipe: str = "llama8b", asked: str = AUTO) -> JobPlan:
@@ -20,7 +21,7 @@ def planned(*overrides: str, recipe: str = "llama8b", asked: str = AUTO) -> JobP
 def chosen(plan: JobPlan) -> tuple[bool, int]:
     feature = plan.recipe.memory.activation_checkpoint
     assert feature is not None
-    return feature.resolved
+    return feature.resolved[:2]
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,12 @@ def test_the_cluster_says_what_its_nodes_have(profile):
         "hardware.host_memory_gib=null",
         "hardware.fabric_gigabytes_per_second=null",
         "hardware.disk_gigabytes_per_second=null",
+        "hardware.scratch_gib=null",
+        "hardware.scratch_gigabytes_per_second=null",
         "hardware.nodes=3",
         "tracking.uri='http://tracking:5000'",
     ]
+    assert "hardware.scratch='/local'" in load_cluster(profile(scratch="/local")).overrides(nodes=None)
     assert "hardware.nodes" not in " ".join(load_cluster(profile()).overrides(nodes=None))
 
 
