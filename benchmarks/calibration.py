@@ -3,10 +3,10 @@
     python benchmarks/calibration.py
 
 fits the constants of plan/fitted.py, says if those there are others, and writes benchmarks/results/calibration.json and
-its plot, the tables in docs/calibration.md and README.md, and the second line of every recipe in configs/alst/. Needs
-no GPU. A test holds all of them to what the planner predicts now. Their code is not this project's: `as they ran` takes
-the planner's own terms and changes those in which theirs differs (`_theirs`), so that what remains is the planner's
-error.
+its plot, the tables in docs/calibration.md and README.md, and the line of recipes' heads that says what they are
+planned at. Needs no GPU. A test holds all of them to what the planner predicts now. Their code is not this project's:
+`predicted` takes the planner's own terms and changes those in which theirs differs (`_theirs`), so that what remains is
+the planner's error.
 """
 
 import json
@@ -389,6 +389,11 @@ def with_tables(text: str, found: list[Row]) -> str:
     return f"{before}{BEGIN}\n{as_constants(fitted.constants)}\n\n{as_tables(found)}\n{END}{after}"
 
 
+def with_planned_lines() -> list[Path]:
+    """The recipes whose head says what they are planned at: those of the reference, and ours for clusters."""
+    return sorted(path for path in RECIPES.parent.rglob("*.yaml") if f"\n{PLANNED}" in path.read_text(encoding="utf-8"))
+
+
 def with_planned_line(recipe: Path) -> str:
     """The recipe's file with the line of its head that says what it is planned at."""
     plan = plan_job(load(recipe), shape=model_shape(load(recipe).model))
@@ -398,7 +403,7 @@ def with_planned_line(recipe: Path) -> str:
     gpu = f"{found.gpu.total / GIB:.1f} of {hardware.memory_bytes / GIB:.1f} GiB of a GPU"
     host = f"{found.host.total / GIB:,.0f} of {hardware.host_memory_bytes / GIB:,.0f} GiB of a node"
     fits = "" if found.fits else ": does not fit"
-    line = f"{PLANNED} {gpu}, {host}, {seconds.total:,.0f} s a step{fits}."
+    line = f"{PLANNED} {plan.seq_len:,} tokens, {gpu}, {host}, {seconds.total:,.0f} s a step{fits}."
     return re.sub(rf"^{PLANNED}.*$", line, recipe.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
 
 
@@ -410,27 +415,29 @@ OURS = {"llama-8b": "llama8b", "llama-70b": "llama70b", "qwen3-32b": "qwen3-32b"
 def as_comparison() -> str:
     """What ALST measured on H100 beside what is predicted of this project, at its lengths and its own."""
     lines = [
-        "| H100 | model | ALST: tokens | tokens/s per GPU | here, as long: tokens/s per GPU | "
+        "| H100 | model | ALST: tokens | tokens/s per GPU | here, as long: tokens/s per GPU | with `offload: disk` | "
         "longest: tokens | tokens/s per GPU |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in COMPARED:
         (run,) = (run for run in REPORTED if run.recipe_name == f"h100-{name}")
         gpus, model = run.sp, name.partition("-")[2]
         measured = "-" if run.seconds is None else _per_gpu(run.length / run.seconds / gpus)
         longest = _ours(run, model, "auto")
-        cells = [str(gpus), model, f"{run.length:,}", measured, _rate(_ours(run, model, run.length))]
+        cells = [str(gpus), model, f"{run.length:,}", measured]
+        cells += [_rate(_ours(run, model, run.length, offload=offload)) for offload in ("cpu", "disk")]
         lines.append(f"| {' | '.join([*cells, f'{longest.seq_len:,}', _rate(longest)])} |")
     return "\n".join(lines)
 
 
-def _ours(run: Run, model: str, tokens: int | str) -> JobPlan:
+def _ours(run: Run, model: str, tokens: int | str, offload: str = "cpu") -> JobPlan:
     asked = ["model.attention=flash_attention_2", f"parallel.sp={run.sp}", f"data.seq_len={tokens}"]
     asked += [
         f"hardware.nodes={run.recipe.hardware.nodes}",
         f"hardware.gpus_per_node={run.recipe.hardware.gpus_per_node}",
     ]
     asked += [f"zero.offload_parameters={run.recipe.zero.offload_parameters or 'null'}"]
+    asked += [f"memory.activation_checkpoint.offload={offload}"]
     recipe = load(OURS[model], overrides=asked)
     return plan_job(recipe, shape=run.shape)
 
@@ -478,7 +485,7 @@ def main() -> None:
     found = rows()
     RESULTS.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
     DOCS.write_text(with_tables(DOCS.read_text(encoding="utf-8"), found), encoding="utf-8")
-    for recipe in RECIPES.glob("*.yaml"):
+    for recipe in with_planned_lines():
         recipe.write_text(with_planned_line(recipe), encoding="utf-8")
     README.write_text(with_comparison(README.read_text(encoding="utf-8")), encoding="utf-8")
     plot(found)
