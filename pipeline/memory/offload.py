@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import RunError
+from pipeline.parallel.waits import waiting
 from pipeline.plan.host_memory import ARENA_ALIGNMENT as ALIGNMENT
 
 GROWTH_BYTES = 64 << 20  # of a block that was not planned: small runs and tests
@@ -41,6 +42,10 @@ class HostArena:
     @property
     def reserved_bytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self.reserved_bytes if self._pinned else 0
 
     def take(self, like: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Memory for a tensor of that shape and dtype, and its number."""
@@ -135,6 +140,17 @@ class HostStore:
         """Of host memory, from the first tensor on."""
         return 0 if self._arena is None else self._arena.reserved_bytes
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of what is reserved, what the kernel may not move."""
+        return 0 if self._arena is None else self._arena.pinned_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """The most that waited on disk at once; everything waits in host memory."""
+        return 0
+
+    @waiting("offload_stall")
     def put(self, tensor: torch.Tensor) -> Handle:
         """Sends the tensor to host memory, or what was put before it if there is room for it on its device."""
         if self._copies is None:
@@ -148,6 +164,7 @@ class HostStore:
             self._send(self._residents.popleft())
         return handle
 
+    @waiting("offload_stall")
     def get(self, handle: Handle) -> torch.Tensor:
         """The tensor, on its device. The ones below it are on their way then."""
         assert self._copies is not None
@@ -255,7 +272,7 @@ class DeviceStore:
     Nothing is copied, so nobody may change them: `get` raises RunError if somebody did.
     """
 
-    held_bytes = peak_bytes = 0
+    held_bytes = peak_bytes = pinned_bytes = spilled_bytes = 0
 
     def put(self, tensor: torch.Tensor) -> Handle:
         return Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version)

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from pipeline.errors import RunError
 from pipeline.metrics.console import gib, print_table
-from pipeline.metrics.tracker import METRICS_FILE, read_steps
+from pipeline.metrics.rows import METRICS_FILE, read_steps
 
 
 @dataclass(frozen=True, kw_only=True)
