@@ -12,6 +12,7 @@ ENVIRONMENT = {
     # name: value set unless the user has set one            why
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # our own retries come later, and forget nothing
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds; a thread waits, no step does. Its own is 120
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # between the lines of steps
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }

@@ -40,7 +40,8 @@ class SystemMeter:
         seconds = max(self._then - then, 1e-9)
         return {
             f"{name}_megabytes_per_second": max(0.0, counters[name] - before[name]) / MEGA / seconds
-            for name in counters.keys() & before.keys()
+            for name in counters
+            if name in before
         }
 
 

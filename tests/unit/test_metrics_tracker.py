@@ -369,6 +369,28 @@ def test_a_store_that_hangs_holds_up_no_step_and_not_the_end(run_dir, unwilling,
     unwilling.hang.set()
 
 
+def test_steps_whose_answer_got_lost_are_told_again_and_stand_there_once(run_dir, runs, client, warnings):
+    tracker = started(run_dir, warnings, mlflow=False)
+    for step in (1, 2):
+        tracker.log_step(make_record(step))
+    mirror = Mirror(run_dir, mlflow_store(None, runs), experiment="tiny")
+    mirror._open()
+    log_batch = mirror._client.log_batch
+
+    def done_but_not_answered(*args, **kwargs):
+        log_batch(*args, **kwargs)
+        mirror._client.log_batch = log_batch
+        raise ConnectionError("timed out")
+
+    mirror._client.log_batch = done_but_not_answered
+    with pytest.raises(ConnectionError):
+        mirror.tell()
+    assert history(client, found(client, run_dir), "loss") == [(1, 6.0), (2, 5.0)]
+    mirror.tell()
+    assert history(client, found(client, run_dir), "loss") == [(1, 6.0), (2, 5.0)]
+    mirror.close()
+
+
 def test_a_file_that_is_no_database_is_a_warning(tmp_path, warnings, capfd, monkeypatch):
     (tmp_path / "mlflow.db").write_bytes(b"not sqlite" * 500)
     run_dir = RunDir(tmp_path / "run")
