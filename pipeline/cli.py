@@ -350,6 +350,28 @@ def run(
     run_stage(plan_path, stage, task=task)
 
 
+@app.command()
+def report(
+    run_folder: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Where to; by default report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write a run as one page that needs nothing else: loss, throughput, memory, restarts, the plan against it all."""
+    from pipeline.launch.resume import find_run
+    from pipeline.launch.seen import figures
+    from pipeline.launch.watch import steps_done
+    from pipeline.metrics.report import write_report
+    from pipeline.plan.job import read_plan
+    from pipeline.plan.run_dir import runs_root
+
+    run_dir = find_run(run_folder, runs=runs_root())
+    rows, job = steps_done(run_dir), read_plan(run_dir.plan)
+    out = output or run_dir.report
+    write_report(run_dir, out, compared=figures(rows, job, run_dir.packed(job)) if rows else ())
+    typer.echo(f"{out}: {len(rows):,} steps; any browser opens it")
+
+
 @track_app.command("sync")
 def track_sync(
     run_folder: RunArgument,
