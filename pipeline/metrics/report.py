@@ -29,6 +29,7 @@ PARTS = (
     ("data", "c3", "data_seconds"),
 )
 STATUS = {"FINISHED": "good", "FAILED": "bad"}
+SHOWN_CHECKPOINTS = 8
 Compared = Sequence[tuple[str, str, str]]
 """(what, seen, planned)"""
 
@@ -101,7 +102,7 @@ def _header(run: Run) -> str:
     status = f'<span class="status {STATUS.get(run.status, "")}">{escape(run.status.lower())}</span>'
     model = plan.recipe.model.name_or_path or plan.model.model_type
     facts = (
-        f"{model}, {plan.model.total_parameters / 1e6:,.1f}M parameters",
+        f"{model}, {_count(plan.model.total_parameters)} parameters",
         f"samples of {plan.seq_len:,} tokens",
         f"{hardware.nodes} x {hardware.gpus_per_node} {hardware.gpu.value}",
         f"dp {plan.dp} x sp {plan.sp}",
@@ -170,26 +171,28 @@ def _time_section(run: Run) -> str:
     )
 
 
-def _memory_section(run: Run) -> str:
+def _device_section(run: Run) -> str:
     lines = [
-        Series("GPU, allocated", "c1", run.column("peak_device_bytes", GIB)),
-        Series("GPU, reserved", "c6", run.column("peak_device_reserved_bytes", GIB)),
-        Series("largest process", "c4", run.column("peak_host_rss_bytes", GIB)),
-        Series("all processes, now", "c2", run.column("host_rss_bytes", GIB)),
-        Series("waiting in host memory", "c3", run.column("offloaded_bytes", GIB)),
-        Series("on disk", "c5", run.column("disk_spill_bytes", GIB)),
+        Series("allocated", "c1", run.column("peak_device_bytes", GIB)),
+        Series("reserved", "c6", run.column("peak_device_reserved_bytes", GIB)),
     ]
+    return _memory(run, "GPU memory", "of the fullest rank, at its peak since the process began", lines)
+
+
+def _host_section(run: Run) -> str:
+    lines = [
+        Series("largest process, at its peak", "c4", run.column("peak_host_rss_bytes", GIB)),
+        Series("all processes", "c2", run.column("host_rss_bytes", GIB)),
+        Series("waiting for backward, of a rank", "c3", run.column("offloaded_bytes", GIB)),
+        Series("waiting on disk", "c5", run.column("disk_spill_bytes", GIB)),
+    ]
+    return _memory(run, "Host memory", "resident, and what was offloaded", lines)
+
+
+def _memory(run: Run, title: str, note: str, lines: Sequence[Series]) -> str:
     lines = [line for line in lines if any(line.values)]
-    chart = line_chart(
-        run.xs,
-        lines,
-        label="memory",
-        show=lambda x: f"{x:,.3g} GiB",
-        x_label="step",
-        from_zero=True,
-        marks=run.restarts,
-    )
-    return _section("Memory", "peaks since the process began, but for what says now", chart, lines)
+    chart = line_chart(run.xs, lines, label=title, show=_gib, x_label="step", from_zero=True, marks=run.restarts)
+    return _section(title, note, chart, lines)
 
 
 def _position_section(run: Run) -> str:
@@ -272,12 +275,12 @@ def _checkpoints_section(run: Run) -> str:
             f"{event['stall_seconds']:.2f} s",
             event["sha256"][:12],
         )
-        for event in saved[-12:]
+        for event in saved[-SHOWN_CHECKPOINTS:]
     ]
     if not rows:
         return ""
     note = "on disk after so long, while training waited so long" + (
-        f"; the last 12 of {len(saved)}" if len(saved) > 12 else ""
+        f"; the last {SHOWN_CHECKPOINTS} of {len(saved)}" if len(saved) > SHOWN_CHECKPOINTS else ""
     )
     return _section("Checkpoints", note, _table(("", "size", "written in", "training waited", "SHA-256"), rows))
 
@@ -292,10 +295,11 @@ SECTIONS: tuple[Callable[[Run], str], ...] = (
     _loss_section,
     _throughput_section,
     _time_section,
-    _memory_section,
+    _host_section,
+    _device_section,
+    _utilization_section,
     _position_section,
     _length_section,
-    _utilization_section,
     _compared_section,
     _checkpoints_section,
     _starts_section,
@@ -340,6 +344,10 @@ def _mean_of(rows: Sequence[Row], name: str) -> float | None:
 
 def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
+
+
+def _gib(value: float) -> str:
+    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.3g} GiB"
 
 
 def _count(value: Any) -> str:

@@ -159,7 +159,7 @@ def test_restarts_are_told_with_what_was_done_again(run_dir):
         ["4711", "n<1>", "8", "1 to 7", "0", "killed"],
         ["4712", "n<1>", "8", "6 to 30", "2", "finished"],
     ]
-    assert len(re.findall(r'class="mark"', text)) == 3, "in loss, throughput and memory"
+    assert len(re.findall(r'class="mark"', text)) == 4, "in loss, throughput and both memories"
 
 
 def test_the_page_is_whole_in_itself(run_dir):
