@@ -32,6 +32,7 @@ class LiveMirror:
         self._mirror, self._warn = mirror, warn
         self._news, self._closing, self._done, self._given_up = (threading.Event() for _ in range(4))
         self._is_failing = False
+        self.store = mirror.store.told
         threading.Thread(target=self._work, name="mlflow", daemon=True).start()
 
     def wake(self) -> None:
@@ -94,6 +95,8 @@ class Tracker:
         warn: Warn = warn_on_console,
     ) -> None:
         self.clock = clock or RunClock()
+        self.store = None if live is None else live.store
+        """Where MLflow hears of the run; None where it does not."""
         self._run_dir, self._steps, self._events, self._live, self._warn = run_dir, steps, events, live, warn
 
     def log_start(self, values: Mapping[str, Any]) -> None:

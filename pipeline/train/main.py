@@ -87,7 +87,7 @@ def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda:
     if outcome.stopped:
         _say(mesh, "stopped as asked; what is done is saved")
     elif mesh.rank == 0:
-        _summary(plan, run_dir, dataset)
+        _summary(plan, run_dir, dataset, tracker)
     dist.barrier()  # the process ends hard after this: no rank may leave while another still needs it
     return not outcome.stopped
 
@@ -270,12 +270,12 @@ def _plot(run_dir: RunDir, mesh: Mesh) -> None:
         plot_training(run_dir.metrics, run_dir.plot, title=run_dir.path.name)
 
 
-def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
+def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset, tracker: Tracker) -> None:
     """The last words: what was trained, where everything lies, what to try next."""
     manifest = dataset.manifest
-    paths = {"run folder": run_dir.path, "packed data": run_dir.packed(plan), "plot": run_dir.plot}
-    if plan.recipe.tracking.mlflow:
-        paths["MLflow"] = run_dir.root / "mlflow.db"
+    paths = {"run folder": str(run_dir.path), "packed data": str(run_dir.packed(plan)), "plot": str(run_dir.plot)}
+    if tracker.store is not None:
+        paths["MLflow"] = tracker.store.removeprefix("sqlite:///")
     print_summary(
         summarize(
             run_dir.path,
@@ -283,7 +283,8 @@ def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
             fill_fraction=1.0 - manifest.unfilled_fraction,
             paths=paths,
             next_steps=(
-                "make mlflow                       the run in a browser",
+                "alst report RUN                   the run as one page",
+                "make mlflow                       all runs in a browser",
                 "alst inspect PACKED_DATA          what the samples are made of",
                 "alst train tiny train.steps=100   any key of a recipe can be overridden",
                 "alst resume RUN train.steps=100   train this run longer; `alst export RUN OUT` writes its weights",

@@ -133,7 +133,7 @@ def write_rows(run_dir, losses):
 def test_summary_takes_median_speed_without_the_first_step_and_the_largest_peak(tmp_path):
     write_rows(tmp_path, [10.0, 9.0, 8.0, 7.5])
     summary = summarize(
-        tmp_path, samples=1234, fill_fraction=0.9876, paths={"run": tmp_path}, next_steps=["make mlflow"]
+        tmp_path, samples=1234, fill_fraction=0.9876, paths={"run": str(tmp_path)}, next_steps=["make mlflow"]
     )
     assert (summary.first_loss, summary.last_loss, summary.steps) == (10.0, 7.5, 4)
     assert summary.tokens_per_second == 3000
