@@ -3,6 +3,7 @@
 No step waits for it, and in the end it knows every step once and in order.
 """
 
+import json
 import os
 import select
 import signal
@@ -15,8 +16,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from pipeline.metrics.rows import read_steps
+from pipeline.metrics.sync import register, sync
 from pipeline.plan.job import plan_job
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.load import load
@@ -208,3 +211,31 @@ def test_two_restarts_after_kills_leave_every_step_once_and_in_order(server, run
     worker.end()
     assert told(server, run_dir) == in_order(11)
     assert status_of(server, run_dir) == ["FINISHED"]
+
+
+def test_a_server_gets_checkpoints_and_models_as_files(server, run_dir, start):
+    server.start()
+    folder = run_dir.checkpoints / "step-000002"
+    (folder / "deepspeed").mkdir(parents=True)
+    (folder / "deepspeed" / "weights.pt").write_bytes(bytes(1000))
+    (folder / "checkpoint.json").write_text("{}")
+    worker = start(server.url)
+    worker.steps(1, 2)
+    worker.end()
+    saved = {"event": "checkpoint", "time": time.time(), "name": folder.name, "path": str(folder), "step": 2}
+    with run_dir.events.open("a") as events:
+        events.write(json.dumps({**saved, "bytes": 1000}) + "\n")
+    run_dir.write_plan(plan_job(load("tiny", overrides=["tracking.upload_checkpoints=all"])))
+    _, synced = sync(run_dir, uri=server.url)
+    assert (synced.steps, synced.checkpoints, synced.uploads) == (0, 1, 1)
+    assert sync(run_dir, uri=server.url)[1].uploads == 0, "it is there already"
+    exported = run_dir.path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text('{"model_type": "llama"}')
+    assert register(run_dir, exported, name="code", uri=server.url) == "1"
+    client = MlflowClient(tracking_uri=server.url)
+    weights = client.download_artifacts(synced.run_id, f"checkpoints/{folder.name}/deepspeed/weights.pt")
+    assert Path(weights).read_bytes() == bytes(1000)
+    assert client.get_model_version("code", "1").run_id == synced.run_id
+    config = client.download_artifacts(synced.run_id, "model/config.json")
+    assert Path(config).read_text() == '{"model_type": "llama"}'
