@@ -47,12 +47,12 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def figures(rows: Sequence[dict[str, Any]], plan: JobPlan, packed: Path | None = None) -> list[tuple[str, str, str]]:
-    """(what, seen, planned) of at least one row, with the documents in `packed`."""
+    """(what, seen, planned) of at least one row, with the documents in `packed`; what neither knows is left out."""
     seen, planned = seen_in(rows), estimate(plan, packed=packed)
     seconds = None if planned.seconds is None else planned.seconds.total
     host = planned.load.host
     host_share = (host.total - host.by_name["system"]) / plan.recipe.hardware.gpus_per_node
-    return [
+    found = [
         ("GPU memory, fullest rank", _gib(seen.gpu_bytes), _gib(planned.load.gpu.allocated)),
         ("host memory, a rank", _gib(seen.host_process_bytes), _gib(host_share)),
         ("seconds per step", f"{seen.step_seconds:.2f}", "-" if seconds is None else f"{seconds:.2f}"),
@@ -60,6 +60,7 @@ def figures(rows: Sequence[dict[str, Any]], plan: JobPlan, packed: Path | None =
         ("MFU", _share(seen.mfu), _share(planned.mfu)),
         ("HFU", _share(seen.hfu), _share(planned.hfu)),
     ]
+    return [figure for figure in found if figure[1:] != ("-", "-")]
 
 
 def seen_lines(rows: Sequence[dict[str, Any]], plan: JobPlan, packed: Path | None = None) -> Iterator[str]:
