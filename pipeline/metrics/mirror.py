@@ -97,9 +97,8 @@ class Mirror:
         MLflow's registry. Returns the version."""
         from mlflow.exceptions import MlflowException
 
+        self.tell()
         with _hushed():
-            if self._client is None:
-                self._open()
             self._client.log_artifacts(self.told.run_id, str(folder), "model")
             try:
                 self._client.create_registered_model(name)

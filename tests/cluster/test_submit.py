@@ -53,7 +53,10 @@ def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profi
     with closing(sqlite3.connect(database)) as connection:
         rows = "from metrics join runs using (run_uuid) where name = ? and key = 'loss' order by step"
         tracked = connection.execute(f"select step, value {rows}", [run.name]).fetchall()
+        of_run = "from tags join runs using (run_uuid) where name = ?"
+        tags = dict(connection.execute(f"select key, value {of_run}", [run.name]).fetchall())
     assert tracked == list(enumerate(losses(run), start=1))
+    assert (tags["job_ids"], tags["restarts"]) == (jobs(run)["train"], "0")
     files = [path for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
     kept = {str(path): path.read_bytes() for path in files}
     for job in jobs(run).values():

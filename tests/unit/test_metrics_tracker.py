@@ -19,7 +19,7 @@ from pipeline.plan.job import plan_job
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.load import load
 
-START = {"job": "4711", "host": "n1", "commit": "abc123", "image_digest": None, "world_size": 2, "after_step": 0}
+START = {"job": "4711", "host": "n1", "commit": "abc123", "image_digest": "d1f00d", "world_size": 2, "after_step": 0}
 PLAN = plan_job(load("tiny"))
 BY_POSITION = {"00000000": 5.5, "00000256": None}
 
@@ -110,7 +110,8 @@ def test_a_run_can_be_read_back_from_mlflow(run_dir, runs, client, warnings, cap
     assert run.data.params["recipe.zero.stage"] == "3"
     assert run.data.params["seq_len"] == "32768"
     tags = run.data.tags
-    assert (tags["commit"], tags["job_ids"], tags["restarts"]) == ("abc123", "4711", "0")
+    assert (tags["commit"], tags["image_digest"]) == ("abc123", "d1f00d")
+    assert (tags["job_ids"], tags["restarts"]) == ("4711", "0")
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value, m.timestamp) for m in points] == [
         (1, 6.0, 1_700_000_001_500),
