@@ -130,7 +130,7 @@ def _no_waits() -> dict[str, float]:
 class StepTimer:
     """Times the phases of a step. A step begins with its first phase, so that a save between steps counts for none.
 
-    `synchronize` is called at the end of each phase; on a GPU pass `torch.cuda.synchronize`, otherwise a phase ends
+    `synchronize` is called at both ends of each phase; on a GPU pass `torch.cuda.synchronize`, otherwise a phase ends
     when its kernels are queued and the wait shows up in a later one. `take_waits` tells what the computation has
     waited for since it was last asked (`communication`, `offload_stall`): that is taken out of the phase.
     """
@@ -153,7 +153,9 @@ class StepTimer:
         """Add the time of the block to `name`; a phase may come many times (gradient accumulation)."""
         if name not in PHASES:
             raise ValueError(f"phase {name!r} is unknown; use one of {', '.join(PHASES)}")
-        self._take_waits()  # of what ran since the last phase: an evaluation
+        if self._synchronize is not None:
+            self._synchronize()
+        self._take_waits()  # of what ran since the last phase, an evaluation: it belongs to no phase
         start = self._clock()
         if self._began is None:
             self._began = start
