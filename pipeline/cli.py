@@ -224,9 +224,9 @@ def submit(
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.launch.rehearsal import rehearsal_of, wait_lines
-    from pipeline.launch.seen import seen_lines
     from pipeline.launch.watch import steps_done
     from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
+    from pipeline.plan.seen import seen_lines
 
     name = cluster or default_cluster()
     job = _plan(recipe, overrides, nodes=nodes, cluster=name)
@@ -359,11 +359,11 @@ def report(
 ) -> None:
     """Write a run as one page that needs nothing else: loss, throughput, memory, restarts, the plan against it all."""
     from pipeline.launch.resume import find_run
-    from pipeline.launch.seen import figures
     from pipeline.launch.watch import steps_done
     from pipeline.metrics.report import write_report
     from pipeline.plan.job import read_plan
     from pipeline.plan.run_dir import runs_root
+    from pipeline.plan.seen import figures
 
     run_dir = find_run(run_folder, runs=runs_root())
     rows, job = steps_done(run_dir), read_plan(run_dir.plan)

@@ -112,9 +112,12 @@ class Tracker:
         """A checkpoint that is on disk: its name, where, how large, what it cost."""
         self._log_event("checkpoint", values)
 
-    def finish(self, status: RunStatus, *, stopped: bool = False) -> None:
-        """The end of this start; when `stopped` to go on elsewhere, nothing that takes long is waited for."""
+    def log_end(self, status: RunStatus) -> None:
+        """The end of this start of the run."""
         self._log_event("end", {"status": status})
+
+    def close(self, *, stopped: bool = False) -> None:
+        """The last that is done; when `stopped` to go on elsewhere, nothing that takes long is waited for."""
         for writer in (self._steps, self._events):
             if writer is not None:
                 writer.close()

@@ -78,7 +78,8 @@ class RunDir:
     @property
     def told_files(self) -> tuple[Path, ...]:
         """What is kept in MLflow as well, beside the texts of jobs."""
-        return self.recipe, self.plan, self.environment, self.packing_report, self.packing_plot, self.plot
+        packing = (self.packing_report, self.packing_plot)
+        return self.recipe, self.plan, self.environment, *packing, self.plot, self.report
 
     @property
     def tracking_id(self) -> Path:

@@ -27,6 +27,7 @@ from pipeline.memory.apply import Attached, attach_features
 from pipeline.metrics.console import ProgressLine, gib
 from pipeline.metrics.environment import environment_found
 from pipeline.metrics.plots import plot_training
+from pipeline.metrics.report import write_report
 from pipeline.metrics.rows import read_steps
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.summary import print_summary, summarize
@@ -35,6 +36,7 @@ from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
+from pipeline.plan.seen import figures
 from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
@@ -115,8 +117,9 @@ def _train(
     except (NotFiniteError, NotSavedError) as error:
         failed = error
     finally:
-        _plot(run_dir, mesh)
-        tracker.finish(status, stopped=outcome.stopped)
+        tracker.log_end(status)
+        _show(trainee.plan, run_dir, mesh)
+        tracker.close(stopped=outcome.stopped)
     if failed is not None:
         dist.barrier()  # every rank comes here; the first to leave would end rank 0 before its last words are written
         raise failed
@@ -264,16 +267,17 @@ def _resumed(resume: Resume, plan: JobPlan) -> str:
     )
 
 
-def _plot(run_dir: RunDir, mesh: Mesh) -> None:
-    """The plot of what was recorded, also of a run that failed."""
+def _show(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> None:
+    """The plot and the report of what was recorded, also of a run that failed."""
     if mesh.rank == 0 and _has_rows(run_dir.metrics):
         plot_training(run_dir.metrics, run_dir.plot, title=run_dir.path.name)
+        write_report(run_dir, run_dir.report, compared=figures(read_steps(run_dir.metrics), plan, run_dir.packed(plan)))
 
 
 def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset, tracker: Tracker) -> None:
     """The last words: what was trained, where everything lies, what to try next."""
     manifest = dataset.manifest
-    paths = {"run folder": str(run_dir.path), "packed data": str(run_dir.packed(plan)), "plot": str(run_dir.plot)}
+    paths = {"run folder": str(run_dir.path), "packed data": str(run_dir.packed(plan)), "report": str(run_dir.report)}
     if tracker.store is not None:
         paths["MLflow"] = tracker.store.removeprefix("sqlite:///")
     print_summary(
@@ -283,7 +287,6 @@ def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset, tracker: Tr
             fill_fraction=1.0 - manifest.unfilled_fraction,
             paths=paths,
             next_steps=(
-                "alst report RUN                   the run as one page",
                 "make mlflow                       all runs in a browser",
                 "alst inspect PACKED_DATA          what the samples are made of",
                 "alst train tiny train.steps=100   any key of a recipe can be overridden",

@@ -104,6 +104,7 @@ def test_the_run_folder_holds_all_that_is_needed_to_understand_the_run(demo):
         "code/pipeline/cli.py",
         "code/configs/tiny.yaml",
         "training.png",
+        "report.html",
     )
     for name in (
         *expected,
@@ -155,7 +156,7 @@ def test_mlflow_holds_parameters_metrics_and_artifacts_of_the_run(demo):
         assert points == [row[name] for row in demo.rows if row[name] is not None]
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
     described = {"environment.json", "packing.json", "packing.png"}
-    assert files == {"recipe.yaml", "plan.json", "training.png", "checkpoints"} | described
+    assert files == {"recipe.yaml", "plan.json", "training.png", "report.html", "checkpoints"} | described
     saved = {item.path for item in client.list_artifacts(run.info.run_id, "checkpoints")}
     assert saved == {"checkpoints/step-000010.json", "checkpoints/step-000020.json"}
 

@@ -34,7 +34,8 @@ def main(folder: str, url: str) -> None:
         if command == "step":
             tracker.log_step(record(int(argument), tracker.clock.now()))
         else:
-            tracker.finish(argument)
+            tracker.log_end(argument)
+            tracker.close()
         print(command, flush=True)
         if command == "end":
             os._exit(0)  # as a rank ends

@@ -84,6 +84,11 @@ def started(run_dir, warnings, **changes) -> Tracker:
     return tracker
 
 
+def ended(tracker: Tracker, status="FINISHED") -> None:
+    tracker.log_end(status)
+    tracker.close()
+
+
 def found(client, run_dir):
     """The one run in MLflow that stands for a run folder."""
     experiment = client.get_experiment_by_name("tiny").experiment_id
@@ -103,7 +108,7 @@ def test_a_run_can_be_read_back_from_mlflow(run_dir, runs, client, warnings, cap
     run_dir.plot.write_bytes(b"a picture")
     run_dir.slurm.mkdir()
     run_dir.sbatch("train").write_text("#SBATCH")
-    tracker.finish("FINISHED")
+    ended(tracker)
     assert capfd.readouterr() == ("", "")  # no migration report, no log lines
     run = found(client, run_dir)
     assert run.info.status == "FINISHED"
@@ -131,7 +136,7 @@ def test_unknown_values_are_not_logged_as_metrics(run_dir, client, warnings):
     tracker = started(run_dir, warnings)
     record = make_record(1)
     tracker.log_step(record)
-    tracker.finish("FINISHED")
+    ended(tracker)
     unknown = {"mfu", "peak_device_bytes", "loss_by_position/00000256"}
     assert set(found(client, run_dir).data.metrics) == record.to_row().keys() - {"step", "time"} - unknown
 
@@ -143,7 +148,7 @@ def test_two_restarts_are_one_run_with_every_step_once_and_in_order(run_dir, cli
         tracker.log_start(START | {"job": job, "commit": f"of start {start}"})
         for step in range(start, start + 4):
             tracker.log_step(make_record(step, time=tracker.clock.now()))
-        tracker.finish("KILLED" if start < 4 else "FINISHED")
+        ended(tracker, "KILLED" if start < 4 else "FINISHED")
         run_dir.write_plan(plan_job(load("tiny", overrides=["train.steps=40"])))
     run = found(client, run_dir)
     assert history(client, run, "loss") == [(step, 7.0 - step) for step in range(1, 8)]
@@ -161,10 +166,10 @@ def test_a_clock_that_was_set_back_between_two_starts_leaves_time_in_order(run_d
     tracker = started(run_dir, warnings, mlflow=False)
     ahead = time.time() + 86_400
     tracker.log_step(make_record(1, time=ahead))
-    tracker.finish("KILLED")
+    ended(tracker, "KILLED")
     tracker = started(run_dir, warnings, mlflow=False)
     tracker.log_step(make_record(2, time=tracker.clock.now()))
-    tracker.finish("FINISHED")
+    ended(tracker)
     sync(run_dir)
     times = [m.timestamp for m in client.get_metric_history(found(client, run_dir).info.run_id, "loss")]
     assert round(ahead * 1000) == times[0] <= times[1] < times[0] + 600_000
@@ -176,7 +181,7 @@ def test_sync_fills_mlflow_from_the_run_folder_alone_and_a_second_time_tells_not
     for step in range(1, rows + 1):
         tracker.log_step(make_record(step))
     tracker.log_checkpoint({"name": "step-000004", "path": "/x/step-000004", "step": 4, "bytes": 2048})
-    tracker.finish("FINISHED")
+    ended(tracker)
     assert not run_dir.tracking_id.exists()
     where, told = sync(run_dir)
     assert (told.steps, told.checkpoints) == (rows, 1)
@@ -193,7 +198,7 @@ def test_sync_fills_mlflow_from_the_run_folder_alone_and_a_second_time_tells_not
 def test_another_store_gets_a_run_of_its_own_and_the_first_keeps_its(run_dir, tmp_path, warnings):
     tracker = started(run_dir, warnings, mlflow=False)
     tracker.log_step(make_record(1))
-    tracker.finish("FINISHED")
+    ended(tracker)
     first, other = sync(run_dir)[1], sync(run_dir, uri=f"sqlite:///{tmp_path}/other.db")[1]
     assert other.steps == 1
     assert other.run_id != first.run_id
@@ -204,7 +209,7 @@ def test_a_checkpoint_is_an_artifact_and_its_numbers_are_metrics(run_dir, client
     tracker = started(run_dir, warnings)
     saved = {"path": "/runs/x/checkpoints/step-000004", "step": 4, "bytes": 2048, "stall_seconds": 0.25, "sha256": "ab"}
     tracker.log_checkpoint({"name": "step-000004", **saved})
-    tracker.finish("FINISHED")
+    ended(tracker)
     run = found(client, run_dir)
     assert run.data.metrics == {"checkpoint_bytes": 2048.0, "checkpoint_stall_seconds": 0.25}
     assert history(client, run, "checkpoint_bytes") == [(4, 2048.0)]
@@ -225,7 +230,7 @@ def test_checkpoints_are_uploaded_as_asked(run_dir, client, warnings, upload, ex
         (folder / "deepspeed" / "weights.pt").write_bytes(bytes(step))
         (folder / "checkpoint.json").write_text("{}")
         tracker.log_checkpoint({"name": folder.name, "path": str(folder), "step": step, "bytes": step})
-    tracker.finish("FINISHED")
+    ended(tracker)
     run = found(client, run_dir)
     there = [item.path for item in client.list_artifacts(run.info.run_id, "checkpoints") if item.is_dir]
     assert there == [f"checkpoints/{name}" for name in expected]
@@ -240,7 +245,7 @@ def test_checkpoints_are_uploaded_as_asked(run_dir, client, warnings, upload, ex
 def test_an_exported_folder_becomes_versions_of_a_registered_model(run_dir, client, tmp_path, warnings):
     from pipeline.metrics.sync import register
 
-    started(run_dir, warnings, mlflow=False).finish("FINISHED")
+    ended(started(run_dir, warnings, mlflow=False))
     (tmp_path / "config.json").write_text("{}")
     assert [register(run_dir, tmp_path, name="tiny-code") for _ in range(2)] == ["1", "2"]
     version = client.get_model_version("tiny-code", "2")
@@ -255,7 +260,7 @@ def test_params_beyond_mlflows_limits_are_split_not_lost(run_dir, client, warnin
     many = {f"key{i}": i for i in range(230)}
     odd = {"uri": "http://me:secret@host", "long": long, "empty": "", "odd$name": 1, "x" * 300 + "end": 1}
     run_dir.plan.write_text(json.dumps(odd | many))
-    started(run_dir, warnings).finish("FINISHED")
+    ended(started(run_dir, warnings))
     params = found(client, run_dir).data.params
     assert params["long.part1"] + params["long.part2"] == long
     assert params["empty"] == ""
@@ -282,14 +287,14 @@ def test_flatten_names_maps_with_dots_and_counts_lists_of_maps():
 def test_switched_off_or_not_rank_0_leaves_no_mlflow(tmp_path):
     tracker = started(RunDir(tmp_path), [], mlflow=False)
     tracker.log_step(make_record(1))
-    tracker.finish("FINISHED")
+    ended(tracker)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "events.jsonl"}
     other = RunDir(tmp_path / "rank1")
     other.path.mkdir()
     idle = open_tracker(other, tracking(), experiment="tiny", rank=1)
     idle.log_start(START)
     idle.log_step(make_record(1))
-    idle.finish("FINISHED")
+    ended(idle)
     assert list(other.path.iterdir()) == []
 
 
@@ -352,7 +357,7 @@ def test_failures_are_told_once_an_outage_and_what_was_missed_is_told_later(run_
     tracker.log_start(START)
     for step in (1, 2, 3):
         tracker.log_step(make_record(step))
-    tracker.finish("FINISHED")
+    ended(tracker)
     assert [step for step, _ in history(client, found(client, run_dir), "loss")] == [1, 2, 3]
     assert len(warnings) <= 1  # none if the thread came late, when all was there
     assert all("secret" not in warning and "pages" not in warning for warning in warnings)
@@ -364,7 +369,7 @@ def test_a_store_that_hangs_holds_up_no_step_and_not_the_end(run_dir, unwilling,
     tracker.log_start(START)
     for step in (1, 2, 3):
         tracker.log_step(make_record(step))
-    tracker.finish("FINISHED")  # returns, although the mirror does not
+    ended(tracker)  # returns, although the mirror does not
     assert [row["step"] for row in read_steps(run_dir.metrics)] == [1, 2, 3]
     assert warnings == [f"MLflow has not heard the end of this run; `alst track sync {run_dir.path.name}` tells it"]
     unwilling.hang.set()
@@ -401,7 +406,7 @@ def test_a_file_that_is_no_database_is_a_warning(tmp_path, warnings, capfd, monk
     while not warnings and time.monotonic() < deadline:
         time.sleep(0.05)
     monkeypatch.setattr("pipeline.metrics.tracker.FINISH_SECONDS", 0.1)
-    tracker.finish("FINISHED")
+    ended(tracker)
     assert "not a database" in warnings[0] and "training goes on" in warnings[0]
     assert "alst track sync" in warnings[-1]
     assert capfd.readouterr().err == ""

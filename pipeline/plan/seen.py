@@ -36,8 +36,8 @@ def seen_in(rows: Sequence[dict[str, Any]]) -> Seen:
         host_process_bytes=max(row["peak_host_rss_bytes"] for row in rows),
         step_seconds=statistics.median(row["step_seconds"] for row in calm),
         tokens_per_second=statistics.median(row["tokens_per_second"] for row in calm),
-        mfu=_median([row["mfu"] for row in calm]),
-        hfu=_median([row["hfu"] for row in calm]),
+        mfu=_median([row.get("mfu") for row in calm]),
+        hfu=_median([row.get("hfu") for row in calm]),
     )
 
 
