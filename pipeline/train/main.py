@@ -24,7 +24,7 @@ from pipeline.data.plots import plot_packed
 from pipeline.errors import RunError, UserError
 from pipeline.files import write_json
 from pipeline.memory.apply import Attached, attach_features
-from pipeline.metrics.console import ProgressLine, gib
+from pipeline.metrics.console import ProgressLine, gib, warn
 from pipeline.metrics.environment import environment_found
 from pipeline.metrics.plots import plot_training
 from pipeline.metrics.report import write_report
@@ -268,10 +268,14 @@ def _resumed(resume: Resume, plan: JobPlan) -> str:
 
 
 def _show(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> None:
-    """The plot and the report of what was recorded, also of a run that failed."""
-    if mesh.rank == 0 and _has_rows(run_dir.metrics):
+    """The plot and the report of what was recorded, also of a run that failed; a full disk costs these alone."""
+    if mesh.rank != 0 or not _has_rows(run_dir.metrics):
+        return
+    try:
         plot_training(run_dir.metrics, run_dir.plot, title=run_dir.path.name)
         write_report(run_dir, run_dir.report, compared=figures(read_steps(run_dir.metrics), plan, run_dir.packed(plan)))
+    except (OSError, UserError) as error:
+        warn(f"no plot or report: {error}; `alst report {run_dir.path.name}` makes it later")
 
 
 def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset, tracker: Tracker) -> None:
