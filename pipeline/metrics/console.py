@@ -78,7 +78,7 @@ def step_line(record: StepRecord, total_steps: int) -> str:
         f"{record.tokens_per_second:>7,.0f} tok/s",
         f"peak {gib(peak):>10}",
         f"MFU {mfu:>5}",
-        f"{binding(record):<13}",
+        f"{binding(record):<12}",
         f"ETA {duration(record.eta_seconds)}",
     )
     return "  ".join([*columns, *_remarks(record)])
@@ -94,7 +94,7 @@ def binding(record: StepRecord) -> str:
     }
     largest = max(parts, key=lambda name: parts[name])
     total = sum(parts.values())
-    return f"{largest} {parts[largest] / total:>4.0%}" if total else "-"
+    return f"{largest} {parts[largest] / total:.0%}" if total else "-"
 
 
 def _remarks(record: StepRecord) -> list[str]:

@@ -57,10 +57,10 @@ def test_columns_keep_their_place():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, "compute  90%"),
-        ({"offload_stall_seconds": 10.0}, "offload  50%"),
-        ({"communication_seconds": 27.0}, "comm  75%"),
-        ({"data_seconds": 90.0}, "data  90%"),
+        ({}, "compute 90%"),
+        ({"offload_stall_seconds": 10.0}, "offload 50%"),
+        ({"communication_seconds": 27.0}, "comm 75%"),
+        ({"data_seconds": 90.0}, "data 90%"),
         (dict.fromkeys(("forward_seconds", "backward_seconds", "optimizer_seconds", "communication_seconds"), 0), "-"),
     ],
 )
