@@ -26,7 +26,7 @@ from pipeline.data.batch import IGNORE_INDEX, Batch
 from pipeline.data.loader import PackedLoader
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.launch.snapshot import commit
-from pipeline.metrics.tracker import read_steps
+from pipeline.metrics.rows import read_steps
 from pipeline.model.build import build_model
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.run_dir import RunDir

@@ -30,6 +30,8 @@ app = typer.Typer(
 
 cluster_app = typer.Typer(help="Look at clusters.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
+track_app = typer.Typer(help="Bring runs into MLflow.", no_args_is_help=True)
+app.add_typer(track_app, name="track")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe: a path, or a name under configs/ (e.g. tiny).")]
 Overrides = Annotated[
@@ -222,9 +224,9 @@ def submit(
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.launch.rehearsal import rehearsal_of, wait_lines
-    from pipeline.launch.seen import seen_lines
     from pipeline.launch.watch import steps_done
     from pipeline.plan.cluster import LOCAL, default_cluster, load_cluster
+    from pipeline.plan.seen import seen_lines
 
     name = cluster or default_cluster()
     job = _plan(recipe, overrides, nodes=nodes, cluster=name)
@@ -348,6 +350,47 @@ def run(
     run_stage(plan_path, stage, task=task)
 
 
+@app.command()
+def report(
+    run_folder: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Where to; by default report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write a run as one page that needs nothing else: loss, throughput, memory, restarts, the plan against it all."""
+    from pipeline.launch.resume import find_run
+    from pipeline.launch.watch import steps_done
+    from pipeline.metrics.report import write_report
+    from pipeline.plan.job import read_plan
+    from pipeline.plan.run_dir import runs_root
+    from pipeline.plan.seen import figures
+
+    run_dir = find_run(run_folder, runs=runs_root())
+    rows, job = steps_done(run_dir), read_plan(run_dir.plan)
+    out = output or run_dir.report
+    write_report(run_dir, out, compared=figures(rows, job, run_dir.packed(job)) if rows else ())
+    typer.echo(f"{out}: {len(rows):,} steps; any browser opens it")
+
+
+@track_app.command("sync")
+def track_sync(
+    run_folder: RunArgument,
+    uri: Annotated[
+        str | None, typer.Option(help="A server's URL, or sqlite:////FILE; by default the recipe's tracking.uri.")
+    ] = None,
+) -> None:
+    """Tell MLflow what it has not heard of a run, out of its folder; as often as you like, also while it goes on."""
+    from pipeline.launch.resume import find_run
+    from pipeline.metrics.sync import sync
+    from pipeline.plan.run_dir import runs_root
+
+    where, told = sync(find_run(run_folder, runs=runs_root()), uri=uri)
+    typer.echo(
+        f"MLflow at {where}: run {told.run_id}; told {told.steps:,} steps, {told.checkpoints:,} checkpoints"
+        + (f", uploaded {told.uploads:,}" if told.uploads else "")
+    )
+
+
 @cluster_app.command("check")
 def cluster_check(
     name: Annotated[str, typer.Argument(help="A profile: a name under slurm/clusters/, or a path.")],
@@ -371,6 +414,9 @@ def export(
         Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights; by default the recipe's.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Load the folder again and compare every tensor.")] = True,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also the next version of this model in MLflow's registry.")
+    ] = None,
 ) -> None:
     """Write a run's weights as a normal Hugging Face folder, also while the run goes on."""
     from pipeline.launch.resume import find_run
@@ -379,10 +425,15 @@ def export(
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is asked for; DeepSpeed would warn of that
     from pipeline.train.export import export as export_weights
 
-    checkpoint = export_weights(find_run(run_folder, runs=runs_root()), out, step=step, dtype=dtype, checked=check)
+    run_dir = find_run(run_folder, runs=runs_root())
+    checkpoint = export_weights(run_dir, out, step=step, dtype=dtype, checked=check)
     typer.echo(
         f"{out}: the weights after {checkpoint.record.step} steps; AutoModelForCausalLM.from_pretrained opens it"
     )
+    if register is not None:
+        from pipeline.metrics.sync import register as register_model
+
+        typer.echo(f"registered as {register} version {register_model(run_dir, out, name=register)}")
 
 
 @app.command()

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from pipeline.launch.seen import seen_lines
 from pipeline.launch.watch import FAILED, JobState, first_failure, job_states, newest_logs, steps_done
 from pipeline.plan.job import read_plan
 from pipeline.plan.run_dir import RunDir
+from pipeline.plan.seen import seen_lines
 
 
 def status_lines(run_dir: RunDir) -> Iterator[str]:

@@ -28,6 +28,8 @@ class Attached:
 
     store: HostStore | DeviceStore | None
     """Where layer inputs wait; None without checkpointing."""
+    tells_token_losses: bool
+    """The model fills in `token_losses`."""
     gathered_whole: tuple[type[nn.Module], ...]
     """Modules that run their children several times per call: ZeRO-3 must gather them once, with all they hold."""
 
@@ -36,7 +38,7 @@ class Attached:
         """The most that waited at once, in host memory and on disk."""
         if not isinstance(self.store, HostStore):
             return 0
-        return self.store.peak_bytes + (0 if self.store.disk is None else self.store.disk.peak_bytes)
+        return self.store.peak_bytes + self.store.spilled_bytes
 
 
 def attach_features(model: PreTrainedModel, plan: JobPlan) -> Attached:
@@ -87,7 +89,11 @@ def attach(
         )
     kernel = "own" if memory.tiled_loss is None else memory.tiled_loss.kernel
     tiled_loss.attach(model, tile_tokens=loss_tile_tokens, kernel=kernel)
-    return Attached(store, gathered_whole=(tiled_mlp.TiledMLP,) if memory.tiled_mlp is not None else ())
+    return Attached(
+        store,
+        tells_token_losses=kernel == "own",
+        gathered_whole=(tiled_mlp.TiledMLP,) if memory.tiled_mlp is not None else (),
+    )
 
 
 def _store(feature: ActivationCheckpoint, offload: Offload | None, *, pinned: bool) -> HostStore | DeviceStore:

@@ -36,6 +36,10 @@ class HostArena:
     def reserved_bytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
 
+    @property
+    def pinned_bytes(self) -> int:
+        return self.reserved_bytes if self._pinned else 0
+
     def take(self, like: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Memory for a tensor of that shape and dtype, and its number."""
         size = -(-like.nbytes // ALIGNMENT) * ALIGNMENT

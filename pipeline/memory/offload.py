@@ -17,6 +17,7 @@ import torch
 from pipeline.errors import RunError
 from pipeline.memory.disk import Disk, Piece
 from pipeline.memory.host_arena import HostArena
+from pipeline.parallel.waits import waiting
 
 IN_FLIGHT = 2  # tensors on their way out whose device memory is not given back yet
 
@@ -89,11 +90,22 @@ class HostStore:
         """Of host memory, from the first tensor on."""
         return 0 if self._arena is None else self._arena.reserved_bytes
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of what is reserved, what the kernel may not move."""
+        return 0 if self._arena is None else self._arena.pinned_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """The most that waited on disk at once."""
+        return 0 if self.disk is None else self.disk.peak_bytes
+
     def reserve(self, *, pinned: bool) -> None:
         """Takes the memory now; else it is taken with the first tensor."""
         self._copies = _StreamCopies() if pinned else _Copies()
         self._arena = HostArena(capacity_bytes=self._capacity_bytes, pinned=pinned)
 
+    @waiting("offload_stall")
     def put(self, tensor: torch.Tensor, *, exact: bool = True) -> Handle:
         """Sends the tensor to where it waits, or what was put before it where the last ones stay on their device."""
         if self._copies is None:
@@ -105,6 +117,7 @@ class HostStore:
             self._send(self._residents.popleft())
         return handle
 
+    @waiting("offload_stall")
     def get(self, handle: Handle) -> torch.Tensor:
         """The tensor, on its device. The ones below it are on their way then."""
         self._open.remove(handle)
@@ -240,7 +253,7 @@ class DeviceStore:
     Nothing is copied, so nobody may change them: `get` raises RunError if somebody did.
     """
 
-    held_bytes = peak_bytes = 0
+    held_bytes = peak_bytes = pinned_bytes = spilled_bytes = 0
 
     def put(self, tensor: torch.Tensor, *, exact: bool = True) -> Handle:
         return Handle(tensor.nbytes, tensor.device, tensor.detach(), tensor._version)

@@ -118,22 +118,35 @@ class _BackboneOutput:
 def attach(model: PreTrainedModel, *, tile_tokens: int, kernel: Kernel = "own") -> None:
     """The model's forward takes `labels` and returns the sum of the loss over this rank's valid labels.
 
-    Labels are already shifted. Backbone, then head with labels, both inside one call of the model: around it, ZeRO-3
-    under gradient accumulation would keep only the last micro-batch's gradient. Raises RunError for a model whose head
-    does what is not known here, RecipeError if the kernel cannot do it or is not installed.
+    `token_losses`, float32 [S/sp], is filled with each token's own if it is given; kernel liger knows sums only, and
+    leaves it as it is. Labels are already shifted. Backbone, then head with labels, both inside one call of the model:
+    around it, ZeRO-3 under gradient accumulation would keep only the last micro-batch's gradient. Raises RunError for a
+    model whose head does what is not known here, RecipeError if the kernel cannot do it or is not installed.
     """
     transform = logits_transform(model)
     if kernel == "liger":
         require_liger(transform)
 
-    def head_loss(self: nn.Linear, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def head_loss(
+        self: nn.Linear, hidden_states: torch.Tensor, labels: torch.Tensor, token_losses: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if kernel == "liger":
             return liger_loss(hidden_states, self.weight, self.bias, labels, softcap=transform.softcap)
-        return tiled_loss(hidden_states, self.weight, self.bias, labels, tile_tokens=tile_tokens, transform=transform)
+        return tiled_loss(
+            hidden_states,
+            self.weight,
+            self.bias,
+            labels,
+            tile_tokens=tile_tokens,
+            transform=transform,
+            token_losses=token_losses,
+        )
 
-    def loss_sum(self: PreTrainedModel, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def loss_sum(
+        self: PreTrainedModel, labels: torch.Tensor, token_losses: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
         hidden_states = backbone(self)(use_cache=False, **inputs).last_hidden_state
-        loss: torch.Tensor = lm_head(self)(hidden_states, labels)
+        loss: torch.Tensor = lm_head(self)(hidden_states, labels, token_losses)
         return loss
 
     head = lm_head(model)
@@ -150,13 +163,15 @@ def tiled_loss(
     *,
     tile_tokens: int,
     transform: LogitsTransform,
+    token_losses: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of cross-entropy over labels that are not IGNORE_INDEX, a scalar in float32 (float64 for float64).
 
-    hidden_states [1, S, hidden]; weight [vocab, hidden]; bias [vocab] or None; labels int64 [1, S].
+    hidden_states [1, S, hidden]; weight [vocab, hidden]; bias [vocab] or None; labels int64 [1, S]; token_losses
+    [S], filled with the loss of each token, 0 where its label does not count.
     """
     loss: torch.Tensor = _TiledLoss.apply(
-        hidden_states.flatten(0, 1), weight, bias, labels.flatten(), tile_tokens, transform
+        hidden_states.flatten(0, 1), weight, bias, labels.flatten(), tile_tokens, transform, token_losses
     )
     return loss
 
@@ -171,20 +186,27 @@ class _TiledLoss(torch.autograd.Function):
         labels: torch.Tensor,
         tile_tokens: int,
         transform: LogitsTransform,
+        token_losses: torch.Tensor | None,
     ) -> torch.Tensor:
+        # No output of this function: nothing flows back through it. One that nobody reads where nobody asked for it.
+        each = hidden.new_empty(len(hidden), dtype=torch.float32) if token_losses is None else token_losses
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide)
         if not any(ctx.needs_input_grad):
-            for tile in _tiles(hidden, labels, tile_tokens):
-                total += _tile_loss(*tile, weight, bias, transform)[0]
+            for (x, y), told in zip(_tiles(hidden, labels, tile_tokens), each.split(tile_tokens), strict=True):
+                losses, _ = _tile_loss(x, y, weight, bias, transform)
+                told.copy_(losses)
+                total += losses.sum()
             return total
         dhidden = torch.zeros_like(hidden)
         # Summed over tiles in float32: bfloat16 would round away what the later tiles add.
         dweight = torch.zeros_like(weight, dtype=wide)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        for (x, y), dx in zip(_tiles(hidden, labels, tile_tokens), dhidden.split(tile_tokens), strict=True):
-            loss, dz = _tile_loss(x, y, weight, bias, transform)
-            total += loss
+        parts = (_tiles(hidden, labels, tile_tokens), dhidden.split(tile_tokens), each.split(tile_tokens))
+        for (x, y), dx, told in zip(*parts, strict=True):
+            losses, dz = _tile_loss(x, y, weight, bias, transform)
+            told.copy_(losses)
+            total += losses.sum()
             narrow = dz.to(hidden.dtype)
             torch.mm(narrow, weight, out=dx)
             dweight += narrow.t() @ x
@@ -203,7 +225,7 @@ class _TiledLoss(torch.autograd.Function):
         for tile, out in zip(dhidden.split(ctx.tile_tokens), scaled.split(ctx.tile_tokens), strict=True):
             out.copy_(tile.to(factor.dtype) * factor)
         dbias = None if dbias is None else (dbias * factor).to(ctx.weight_dtype)
-        return scaled, (dweight * factor).to(ctx.weight_dtype), dbias, None, None, None
+        return scaled, (dweight * factor).to(ctx.weight_dtype), dbias, None, None, None, None
 
 
 def _tiles(hidden: torch.Tensor, labels: torch.Tensor, tile_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -213,7 +235,8 @@ def _tiles(hidden: torch.Tensor, labels: torch.Tensor, tile_tokens: int) -> list
 def _tile_loss(
     x: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transform: LogitsTransform
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one tile: the loss sum, and d loss / d z [tokens, vocab] in float32 or wider, in the logits' own memory."""
+    """Of one tile: each token's loss [tokens], and d loss / d z [tokens, vocab] in float32 or wider, in the logits' own
+    memory."""
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = transform.forward(F.linear(x, weight, bias).to(wide))
     slope = transform.slope(logits)
@@ -223,11 +246,11 @@ def _tile_loss(
     peak = logits.amax(-1, keepdim=True)
     weights = logits.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True)
-    loss = ((peak + total.log() - target_logits) * valid).sum()
+    losses = ((peak + total.log() - target_logits) * valid)[:, 0]
     dz = weights.mul_(valid / total).scatter_add_(1, target, -valid)
     if slope is not None:
         dz.mul_(slope)
-    return loss, dz.mul_(transform.scale) if transform.scale != 1.0 else dz
+    return losses, dz.mul_(transform.scale) if transform.scale != 1.0 else dz
 
 
 def require_liger(transform: LogitsTransform) -> None:

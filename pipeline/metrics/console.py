@@ -78,9 +78,23 @@ def step_line(record: StepRecord, total_steps: int) -> str:
         f"{record.tokens_per_second:>7,.0f} tok/s",
         f"peak {gib(peak):>10}",
         f"MFU {mfu:>5}",
+        f"{binding(record):<12}",
         f"ETA {duration(record.eta_seconds)}",
     )
     return "  ".join([*columns, *_remarks(record)])
+
+
+def binding(record: StepRecord) -> str:
+    """What most of the step's accounted time went into, and how much of it: `compute 93%`."""
+    parts = {
+        "compute": record.forward_seconds + record.backward_seconds + record.optimizer_seconds,
+        "offload": record.offload_stall_seconds,
+        "comm": record.communication_seconds,
+        "data": record.data_seconds,
+    }
+    largest = max(parts, key=lambda name: parts[name])
+    total = sum(parts.values())
+    return f"{largest} {parts[largest] / total:.0%}" if total else "-"
 
 
 def _remarks(record: StepRecord) -> list[str]:

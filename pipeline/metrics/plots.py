@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.metrics.console import GIB
-from pipeline.metrics.tracker import read_steps
+from pipeline.metrics.rows import read_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

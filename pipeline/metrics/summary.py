@@ -8,7 +8,7 @@ from typing import TextIO
 
 from pipeline.errors import RunError
 from pipeline.metrics.console import gib, print_table
-from pipeline.metrics.tracker import METRICS_FILE, read_steps
+from pipeline.metrics.rows import METRICS_FILE, read_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Summary:
     """Median over the steps, without the first."""
     peak_rss_bytes: int
     """Of the largest process."""
-    paths: Mapping[str, Path]
+    paths: Mapping[str, str]
     """What lies where, in the order of printing."""
     next_steps: tuple[str, ...]
 
@@ -39,7 +39,7 @@ def summarize(
     *,
     samples: int,
     fill_fraction: float,
-    paths: Mapping[str, Path] | None = None,
+    paths: Mapping[str, str] | None = None,
     next_steps: Sequence[str] = (),
 ) -> Summary:
     """Sum up the run's metrics.jsonl; samples and fill come from the packed data set's manifest."""
@@ -71,7 +71,7 @@ def print_summary(summary: Summary, *, stream: TextIO | None = None) -> None:
         ("tokens/s", f"{summary.tokens_per_second:,.0f} (median)"),
         ("peak RSS", f"{gib(summary.peak_rss_bytes)} (largest process)"),
     ]
-    rows += [(name, str(path)) for name, path in summary.paths.items()]
+    rows += list(summary.paths.items())
     rows += [("next" if index == 0 else "", text) for index, text in enumerate(summary.next_steps)]
     print_table(summary.name, rows, stream=stream)
 

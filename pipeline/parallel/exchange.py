@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.waits import waiting
 
 
 def sequence_to_heads(x_SHD: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -39,12 +40,17 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
+        _exchange(out, x, group)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grads[0].contiguous()
         out = torch.empty_like(grad)
-        dist.all_to_all_single(out, grad, group=ctx.group)
+        _exchange(out, grad, ctx.group)
         return out, None
+
+
+@waiting("communication")
+def _exchange(out: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_to_all_single(out, x, group=group)

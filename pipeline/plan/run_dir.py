@@ -54,6 +54,44 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """What happened to the run: its starts, its checkpoints, its ends."""
+        return self.path / "events.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        """What its newest start found around it; no secrets."""
+        return self.path / "environment.json"
+
+    @property
+    def packing_report(self) -> Path:
+        return self.path / "packing.json"
+
+    @property
+    def packing_plot(self) -> Path:
+        return self.path / "packing.png"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def told_files(self) -> tuple[Path, ...]:
+        """What is kept in MLflow as well, beside the texts of jobs."""
+        packing = (self.packing_report, self.packing_plot)
+        return self.recipe, self.plan, self.environment, *packing, self.plot, self.report
+
+    @property
+    def tracking_id(self) -> Path:
+        """The name by which MLflow finds the run."""
+        return self.path / "tracking_id"
+
+    @property
+    def mlflow_lock(self) -> Path:
+        """Held by whoever brings the run into MLflow."""
+        return self.path / "mlflow.lock"
+
+    @property
     def plot(self) -> Path:
         return self.path / "training.png"
 

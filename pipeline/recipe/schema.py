@@ -416,6 +416,8 @@ class TrackingRecipe(Section):
     """null is sqlite in <runs>/mlflow.db; else a server's URL."""
     experiment: str | None
     """null is the recipe's name."""
+    upload_checkpoints: Literal["none", "last", "all"]
+    """Their files, beside what is told of each: `last` once the run has ended."""
 
 
 class Gpu(StrEnum):

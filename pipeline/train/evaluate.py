@@ -73,6 +73,14 @@ def is_due(plan: JobPlan, step: int) -> bool:
     return recipe is not None and (step % recipe.every_steps == 0 or step == plan.recipe.train.steps)
 
 
+def evaluations_after(plan: JobPlan, step: int) -> int:
+    """How many are still to come after `step`, counted from 1, and the evaluation that may follow it."""
+    recipe, last = plan.recipe.evaluation, plan.recipe.train.steps
+    if recipe is None or step >= last:
+        return 0
+    return last // recipe.every_steps - step // recipe.every_steps + (last % recipe.every_steps > 0)
+
+
 def evaluate(trainee: Trainee, held_out: HeldOut) -> Evaluation:
     """One pass. Collective; leaves weights, gradients and the optimizer as they were."""
     began = time.perf_counter()

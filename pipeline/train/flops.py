@@ -7,8 +7,11 @@ from transformers import PreTrainedModel
 
 from pipeline.data.loader import PackedLoader, StepBatch
 from pipeline.model.anatomy import matmul_parameters
+from pipeline.plan.documents import DocumentMix
 from pipeline.plan.flops import model_flops, seen_keys
+from pipeline.plan.job import JobPlan
 from pipeline.plan.model_shape import APPROXIMATE, ModelShape, shape_of
+from pipeline.plan.time import step_seconds
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ class StepFlops:
             sum_windowed=self._windowed(batch, loader),
             matmul_parameters=self.matmul_parameters,
         )
+
+    def hardware_of_step(self, batch: StepBatch, loader: PackedLoader, plan: JobPlan) -> float | None:
+        """With what runs again in backward, as the planner counts it; None where no peak is known, on a CPU."""
+        samples = len(batch.samples)
+        full = round(batch.sum_len_squared / samples)
+        windowed = self._windowed(batch, loader)
+        mean = DocumentMix(full, full if windowed is None else round(windowed / samples), "the step's own")
+        seconds = step_seconds(plan, mean)
+        return None if seconds is None else seconds.hardware_flops
 
     def _windowed(self, batch: StepBatch, loader: PackedLoader) -> int | None:
         """Of the step's documents, whose lengths matter only where there is a window."""

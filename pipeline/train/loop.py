@@ -2,21 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from pipeline.data.loader import PackedLoader, StepBatch
+from pipeline.data.batch import Batch
+from pipeline.data.loader import PackedLoader
 from pipeline.memory.apply import Attached
 from pipeline.metrics.console import ProgressLine, size, warn
-from pipeline.metrics.meter import StepRecord, StepTimer, step_record
+from pipeline.metrics.meter import StepRecord
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.tracker import Tracker
-from pipeline.plan.hardware import HARDWARE
 from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.evaluate import HeldOut, evaluate, is_due
-from pipeline.train.flops import StepFlops
 from pipeline.train.guard import Guard
+from pipeline.train.recorder import Recorder
 from pipeline.train.schedule import learning_rate
-from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
+from pipeline.train.step import Trainee, model_inputs, run_step
+from pipeline.train.token_losses import TokenLosses
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def train(
 
     Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite.
     """
-    timer = StepTimer(synchronize=_synchronize(trainee))
-    counted = StepFlops.of(trainee.engine.module)
+    recorder = Recorder(trainee, loader, attached, reporting.tracker.clock)
+    timer = recorder.timer
     peaks: tuple[int, ...] = ()
     iterator = iter(loader)
     stopped = False
@@ -69,7 +72,8 @@ def train(
             batch = next(iterator, None)
             if batch is None:
                 break
-            micro_batches = [model_inputs(micro_batch, trainee) for micro_batch in batch.micro_batches]
+            losses = recorder.token_losses()
+            micro_batches = [_inputs(micro_batch, trainee, loader, losses) for micro_batch in batch.micro_batches]
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(
             trainee,
@@ -78,10 +82,11 @@ def train(
             learning_rate=rate,
             timer=timer,
             stop_asked=stop_asked,
+            measure=partial(recorder.measure, losses),
         )
         watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
-        record = _watched(_record(trainee, batch, result, timer, rate, attached, counted, loader), trainee, watch)
+        record = _watched(recorder.record(batch, result, rate), trainee, watch, recorder)
         reporting.tracker.log_step(record)
         if reporting.progress is not None:
             reporting.progress.step(record)
@@ -102,7 +107,7 @@ def _tell(checkpointer: Checkpointer, reporting: Reporting) -> None:
         if isinstance(news, str):
             warn(news)
             continue
-        reporting.tracker.log_checkpoint(Path(news.path).name, news.step, asdict(news))
+        reporting.tracker.log_checkpoint({"name": Path(news.path).name, **asdict(news)})
         if reporting.progress is not None:
             reporting.progress.note(
                 f"checkpoint {Path(news.path).name}: {size(news.bytes)} on disk after {news.seconds:.1f} s, training "
@@ -110,50 +115,20 @@ def _tell(checkpointer: Checkpointer, reporting: Reporting) -> None:
             )
 
 
-def _watched(record: StepRecord, trainee: Trainee, watch: Watch) -> StepRecord:
+def _inputs(batch: Batch, trainee: Trainee, loader: PackedLoader, losses: TokenLosses | None) -> dict[str, Any]:
+    """What the model is called with, and what it is to fill in."""
+    inputs = model_inputs(batch, trainee)
+    if losses is not None:
+        inputs["token_losses"] = losses.buffer(batch, loader.dataset.sample(batch.sample).cu_seqlens)
+    return inputs
+
+
+def _watched(record: StepRecord, trainee: Trainee, watch: Watch, recorder: Recorder) -> StepRecord:
     """The record with what was found after the step: whether its loss is a spike, the held-out loss if it is due."""
     record = replace(record, loss_spike=watch.spikes.saw(record.loss))
     if watch.held_out is None or not is_due(trainee.plan, record.step):
         return record
     evaluation = evaluate(trainee, watch.held_out)
-    return replace(record, eval_loss=evaluation.loss, eval_seconds=evaluation.seconds)
-
-
-def _record(
-    trainee: Trainee,
-    batch: StepBatch,
-    result: StepResult,
-    timer: StepTimer,
-    rate: float,
-    attached: Attached,
-    counted: StepFlops | None,
-    loader: PackedLoader,
-) -> StepRecord:
-    plan = trainee.plan
-    return step_record(
-        step=batch.step + 1,
-        epoch=batch.epoch,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        learning_rate=rate,
-        tokens=batch.tokens,
-        valid_tokens=batch.valid_tokens,
-        sum_len_squared=batch.sum_len_squared,
-        times=timer.end_step(),
-        ranks=plan.world_size,
-        model_flops=None if counted is None else counted.of_step(batch, loader),
-        peak_flops_per_rank=HARDWARE[plan.recipe.hardware.gpu].peak_flops,
-        peak_device_bytes=result.peak_device_bytes,
-        peak_host_rss_bytes=max(result.peak_host_rss_bytes),
-        offloaded_bytes=attached.offloaded_bytes,
-        eta_seconds=timer.eta_seconds(plan.recipe.train.steps - batch.step - 1),
-    )
-
-
-def _synchronize(trainee: Trainee) -> Callable[[], None] | None:
-    """On a GPU a phase ends when its kernels do."""
-    if trainee.device.type != "cuda":
-        return None
-    import torch
-
-    return torch.cuda.synchronize
+    recorder.eta.evaluated(evaluation.seconds)
+    eta = recorder.eta_seconds(record.step)
+    return replace(record, eval_loss=evaluation.loss, eval_seconds=evaluation.seconds, eta_seconds=eta)

@@ -4,6 +4,7 @@ Runs in every rank; started by `launch.local` or by a job, through `launch.entry
 """
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,28 @@ from pipeline.attention.function import register
 from pipeline.attention.kernels.choice import Choice, choose
 from pipeline.attention.kernels.interface import Needs, needs_of
 from pipeline.data.batch import batch_of
+from pipeline.data.inspect import describe
 from pipeline.data.loader import Cursor, PackedLoader
 from pipeline.data.packed_dataset import PackedDataset
+from pipeline.data.plots import plot_packed
 from pipeline.errors import RunError, UserError
+from pipeline.files import write_json
 from pipeline.memory.apply import Attached, attach_features
-from pipeline.metrics.console import ProgressLine, gib
+from pipeline.metrics.console import ProgressLine, gib, warn
+from pipeline.metrics.environment import environment_found
 from pipeline.metrics.meter import peak_device_bytes
 from pipeline.metrics.plots import plot_training
+from pipeline.metrics.report import write_report
+from pipeline.metrics.rows import read_steps
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.summary import print_summary, summarize
-from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker, read_steps
+from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
 from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
 from pipeline.plan.savings import savings_lines
+from pipeline.plan.seen import figures
 from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
@@ -76,7 +84,7 @@ def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda:
     checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir))
     guard = Guard(trainee, dataset, run_dir, lambda step: checkpointer.save_aside(loader.cursor(step - 1)))
     watch = Watch(guard, SpikeDetector(_losses_before(run_dir.metrics, loader.start)), held_out)
-    tracker = _tracker(plan, run_dir, mesh)
+    tracker = _tracker(plan, run_dir, mesh, dataset, resume)
     outcome = _train(trainee, loader, attached, watch, checkpointer, tracker, run_dir, stop_asked)
     peaks = enumerate(outcome.peak_host_rss_bytes)
     _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in peaks))
@@ -84,7 +92,7 @@ def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda:
     if outcome.stopped:
         _say(mesh, "stopped as asked; what is done is saved")
     elif mesh.rank == 0:
-        _summary(plan, run_dir, dataset)
+        _summary(plan, run_dir, dataset, tracker)
     dist.barrier()  # the process ends hard after this: no rank may leave while another still needs it
     return not outcome.stopped
 
@@ -112,8 +120,9 @@ def _train(
     except (NotFiniteError, NotSavedError) as error:
         failed = error
     finally:
-        _plot(run_dir, tracker, mesh)
-        tracker.finish(status)
+        tracker.log_end(status)
+        _show(trainee.plan, run_dir, mesh)
+        tracker.close(stopped=outcome.stopped)
     if failed is not None:
         dist.barrier()  # every rank comes here; the first to leave would end rank 0 before its last words are written
         raise failed
@@ -221,21 +230,31 @@ def _check(trainee: Trainee, dataset: PackedDataset, loader: PackedLoader) -> No
     )
 
 
-def _tracker(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> Tracker:
-    """metrics.jsonl and MLflow on rank 0."""
+def _tracker(plan: JobPlan, run_dir: RunDir, mesh: Mesh, dataset: PackedDataset, resume: Resume | None) -> Tracker:
+    """The run folder's writers and MLflow, on rank 0, which also describes what the run stands on."""
     tracking = plan.recipe.tracking
-    tracker = open_tracker(
-        run_dir.path,
-        experiment=tracking.experiment or plan.recipe.name,
-        uri=tracking.uri,
-        enabled=tracking.mlflow,
-        rank=mesh.rank,
-        runs=run_dir.root,
+    if mesh.rank == 0:
+        write_json(run_dir.environment, environment_found())
+        _describe_data(dataset, run_dir)
+    tracker = open_tracker(run_dir, tracking, experiment=tracking.experiment or plan.recipe.name, rank=mesh.rank)
+    tracker.log_start(
+        {
+            "job": os.environ.get("SLURM_JOB_ID", "local"),
+            "host": socket.gethostname(),
+            "commit": _commit(run_dir),
+            "image_digest": None if plan.image is None else plan.image.digest,
+            "world_size": plan.world_size,
+            "after_step": 0 if resume is None else resume.checkpoint.record.step,
+        }
     )
-    tags = {"commit": _commit(run_dir)}
-    artifacts = [path for path in (run_dir.recipe, run_dir.plan) if path.exists()]
-    tracker.log_start(plan.to_json(), tags, artifacts)
     return tracker
+
+
+def _describe_data(dataset: PackedDataset, run_dir: RunDir) -> None:
+    """The packing report and its plots, once per run: a row per document is read for them."""
+    if not run_dir.packing_report.is_file():
+        plot_packed(dataset.folder, run_dir.packing_plot)
+        write_json(run_dir.packing_report, describe(dataset.folder, verify=False))
 
 
 def _commit(run_dir: RunDir) -> str:
@@ -251,19 +270,23 @@ def _resumed(resume: Resume, plan: JobPlan) -> str:
     )
 
 
-def _plot(run_dir: RunDir, tracker: Tracker, mesh: Mesh) -> None:
-    """The plot of what was recorded, also of a run that failed."""
-    if mesh.rank == 0 and _has_rows(run_dir.metrics):
+def _show(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> None:
+    """The plot and the report of what was recorded, also of a run that failed; a full disk costs these alone."""
+    if mesh.rank != 0 or not _has_rows(run_dir.metrics):
+        return
+    try:
         plot_training(run_dir.metrics, run_dir.plot, title=run_dir.path.name)
-        tracker.log_artifact(run_dir.plot)
+        write_report(run_dir, run_dir.report, compared=figures(read_steps(run_dir.metrics), plan, run_dir.packed(plan)))
+    except (OSError, UserError) as error:
+        warn(f"no plot or report: {error}; `alst report {run_dir.path.name}` makes it later")
 
 
-def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
+def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset, tracker: Tracker) -> None:
     """The last words: what was trained, where everything lies, what to try next."""
     manifest = dataset.manifest
-    paths = {"run folder": run_dir.path, "packed data": run_dir.packed(plan), "plot": run_dir.plot}
-    if plan.recipe.tracking.mlflow:
-        paths["MLflow"] = run_dir.root / "mlflow.db"
+    paths = {"run folder": str(run_dir.path), "packed data": str(run_dir.packed(plan)), "report": str(run_dir.report)}
+    if tracker.store is not None:
+        paths["MLflow"] = tracker.store.removeprefix("sqlite:///")
     print_summary(
         summarize(
             run_dir.path,
@@ -271,7 +294,7 @@ def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset) -> None:
             fill_fraction=1.0 - manifest.unfilled_fraction,
             paths=paths,
             next_steps=(
-                "make mlflow                       the run in a browser",
+                "make mlflow                       all runs in a browser",
                 "alst inspect PACKED_DATA          what the samples are made of",
                 "alst train tiny train.steps=100   any key of a recipe can be overridden",
                 "alst resume RUN train.steps=100   train this run longer; `alst export RUN OUT` writes its weights",

@@ -1,7 +1,7 @@
 """One optimizer step: the micro-batches forward and backward through the engine, then the update."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from pipeline.attention.function import AttentionContext
 from pipeline.attention.kernels import AttentionKernel
 from pipeline.attention.segments import segments_of
 from pipeline.data.batch import Batch
-from pipeline.metrics.meter import StepTimer, peak_device_bytes, peak_host_rss_bytes
+from pipeline.metrics.meter import StepTimer, peak_host_rss_bytes
+from pipeline.metrics.reduction import Gathered, RankMetric, Reduction
 from pipeline.parallel.mesh import Mesh
 from pipeline.plan.job import JobPlan
 from pipeline.train.engine import loss_scale
@@ -43,10 +44,10 @@ class StepResult:
     """By rank, the first micro-batch whose loss is not finite."""
     peak_host_rss_bytes: tuple[int, ...]
     """By rank."""
-    peak_device_bytes: int | None
-    """The largest over ranks."""
     stop_asked: bool
     """Some rank was asked to stop, by the end of this step."""
+    measured: Mapping[str, float | None]
+    """What the caller measured, each by its own reduction."""
 
 
 def run_step(
@@ -57,11 +58,13 @@ def run_step(
     learning_rate: float,
     timer: StepTimer,
     stop_asked: Callable[[], bool] | None = None,
+    measure: Callable[[], Sequence[RankMetric]] = tuple,
 ) -> StepResult:
     """Forward and backward of every micro-batch, one update.
 
     A micro-batch is what the model is called with (`model_inputs`), and the call returns a sum over labels;
-    `valid_tokens` are those labels of the whole step, over all ranks.
+    `valid_tokens` are those labels of the whole step, over all ranks. What `measure` tells of this rank when all is
+    done travels with the step's reduction.
     """
     engine = trainee.engine
     for group in engine.optimizer.param_groups:
@@ -77,7 +80,8 @@ def run_step(
             engine.backward(loss * scale)
         with timer.phase("optimizer"):
             update = _update(engine, stage=trainee.plan.recipe.zero.stage)
-    return _reduce(loss_sums, update, valid_tokens, trainee, stop_asked is not None and stop_asked())
+    mine = [*_own(loss_sums, stop_asked is not None and stop_asked()), *measure()]
+    return _result(_gather(mine, trainee), update, valid_tokens)
 
 
 def model_inputs(batch: Batch, trainee: Trainee) -> dict[str, Any]:
@@ -124,27 +128,35 @@ def _plain_grad_norm(engine: Any) -> float:
     return math.sqrt(float(sum(squares)))
 
 
-def _reduce(
-    loss_sums: list[float], update: Update, valid_tokens: int, trainee: Trainee, stop_asked: bool
-) -> StepResult:
-    """The step's only collective of ours: each rank's loss sum, where it stopped being finite, peaks, and whether it
-    was asked to stop, to all."""
-    device_peak = peak_device_bytes()
+def _own(loss_sums: list[float], stop_asked: bool) -> list[RankMetric]:
+    """What every step tells of a rank: its loss sum, where it stopped being finite, its peak, whether it shall stop."""
     first = next((number for number, loss in enumerate(loss_sums) if not math.isfinite(loss)), -1)
-    mine = torch.tensor(
-        [sum(loss_sums), first, peak_host_rss_bytes(), device_peak or 0, stop_asked],
-        dtype=torch.float64,
-        device=trainee.device,
-    )
-    all_ranks = [torch.empty_like(mine) for _ in range(trainee.mesh.world_size)]
-    dist.all_gather(all_ranks, mine)
+    return [
+        RankMetric("loss_sum", sum(loss_sums), Reduction.SUM),
+        RankMetric("first_not_finite", first, Reduction.MAX),
+        RankMetric("rank_peak_host_rss_bytes", peak_host_rss_bytes(), Reduction.MAX),
+        RankMetric("stop_asked", stop_asked, Reduction.MAX),
+    ]
+
+
+def _gather(mine: Sequence[RankMetric], trainee: Trainee) -> Gathered:
+    """The step's only collective of ours: every rank's numbers, to all."""
+    pairs = [(metric.value, metric.weight) for metric in mine]
+    own = torch.tensor(pairs, dtype=torch.float64, device=trainee.device)
+    all_ranks = [torch.empty_like(own) for _ in range(trainee.mesh.world_size)]
+    dist.all_gather(all_ranks, own)
     table = torch.stack(all_ranks).cpu()
+    return Gathered(mine, values=table[..., 0].tolist(), weights=table[..., 1].tolist())
+
+
+def _result(gathered: Gathered, update: Update, valid_tokens: int) -> StepResult:
+    measured = gathered.reduced()
     return StepResult(
-        loss=float(table[:, 0].sum()) / max(valid_tokens, 1),
+        loss=(measured["loss_sum"] or 0.0) / max(valid_tokens, 1),
         grad_norm=update.grad_norm,
         update_applied=update.applied,
-        first_not_finite=tuple(None if number < 0 else int(number) for number in table[:, 1]),
-        peak_host_rss_bytes=tuple(int(rss) for rss in table[:, 2]),
-        peak_device_bytes=None if device_peak is None else int(table[:, 3].max()),
-        stop_asked=bool(table[:, 4].any()),
+        first_not_finite=tuple(None if number < 0 else int(number) for number in gathered.of_ranks("first_not_finite")),
+        peak_host_rss_bytes=tuple(int(rss) for rss in gathered.of_ranks("rank_peak_host_rss_bytes")),
+        stop_asked=bool(measured["stop_asked"]),
+        measured=measured,
     )

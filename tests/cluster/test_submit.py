@@ -53,7 +53,10 @@ def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profi
     with closing(sqlite3.connect(database)) as connection:
         rows = "from metrics join runs using (run_uuid) where name = ? and key = 'loss' order by step"
         tracked = connection.execute(f"select step, value {rows}", [run.name]).fetchall()
+        of_run = "from tags join runs using (run_uuid) where name = ?"
+        tags = dict(connection.execute(f"select key, value {of_run}", [run.name]).fetchall())
     assert tracked == list(enumerate(losses(run), start=1))
+    assert (tags["job_ids"], tags["restarts"]) == (jobs(run)["train"], "0")
     files = [path for folder in (run, database.parent) for path in folder.rglob("*") if path.is_file()]
     kept = {str(path): path.read_bytes() for path in files}
     for job in jobs(run).values():
@@ -97,7 +100,9 @@ def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, 
 
 
 def test_a_cancelled_run_leaves_no_process_and_can_be_resumed(user, two_ranks):
-    run = user.submit("--nodes", "2", TWO_RANKS)
+    """Without a server no job writes sqlite on the disk that nodes share; both are one run in MLflow afterwards."""
+    run = user.submit("--nodes", "2", TWO_RANKS, "tracking.mlflow=true")
+    cancelled = jobs(run)["train"]
     user.wait(lambda: len(losses(run)) >= 2, run)
     assert "job" in user.alst("resume", str(run), code=2), "a run that goes on is not started a second time"
     assert "cancelled" in user.alst("cancel", run.name)
@@ -108,6 +113,16 @@ def test_a_cancelled_run_leaves_no_process_and_can_be_resumed(user, two_ranks):
     user.alst("resume", run.name)
     user.wait_for_end(run)
     assert losses(run) == two_ranks, told(run)
+    assert not (run.parent / "mlflow.db").exists()
+    assert f"alst track sync {run.name}" in told(run)
+    assert "told 8 steps" in user.alst("track", "sync", run.name)
+    with closing(sqlite3.connect(run.parent / "mlflow.db")) as connection:
+        of_run = "join runs using (run_uuid) where name = ?"
+        query = f"select step, value from metrics {of_run} and key = 'loss' order by metrics.rowid"
+        tracked = connection.execute(query, [run.name]).fetchall()
+        tags = dict(connection.execute(f"select key, value from tags {of_run}", [run.name]).fetchall())
+    assert tracked == list(enumerate(two_ranks, start=1))
+    assert tags["job_ids"] == f"{cancelled}, {jobs(run)['train']}"
 
 
 def test_when_packing_fails_training_is_cancelled_and_the_reason_is_shown_first(user, tmp_path):

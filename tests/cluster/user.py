@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.metrics.tracker import read_steps
+from pipeline.metrics.rows import read_steps
 from slurm.local_cluster import LocalCluster
 
 ROOT = Path(__file__).resolve().parents[2]

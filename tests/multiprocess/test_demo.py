@@ -112,6 +112,7 @@ def test_the_run_folder_holds_all_that_is_needed_to_understand_the_run(demo):
         "code/pipeline/cli.py",
         "code/configs/tiny.yaml",
         "training.png",
+        "report.html",
     )
     for name in (
         *expected,
@@ -132,23 +133,40 @@ def test_the_features_of_alst_are_on_and_layer_inputs_really_wait_in_the_store(d
     assert demo.rows[-1]["offloaded_bytes"] == layers * plan["local_seq_len"] * hidden * 4
 
 
+def test_every_step_says_where_its_time_went_and_how_well_each_place_is_known(demo):
+    for row in demo.rows:
+        parts = ("data", "forward", "backward", "offload_stall", "communication", "optimizer")
+        assert 0.5 * row["step_seconds"] < sum(row[f"{part}_seconds"] for part in parts) <= row["step_seconds"]
+        assert row["communication_seconds"] > 0 and row["offload_stall_seconds"] > 0
+        for kind in ("loss_by_position", "loss_by_document_length"):
+            found = [value for name, value in row.items() if name.startswith(f"{kind}/")]
+            assert len(found) == 8, "0, 256, …, 16384"
+            losses = [loss for loss in found if loss is not None]
+            assert min(losses) - 1e-6 < row["loss"] < max(losses) + 1e-6, "their mean, weighted by tokens"
+    last = demo.rows[-1]
+    assert last["consumed_samples"] == STEPS
+    assert last["consumed_tokens"] == sum(row["tokens"] for row in demo.rows)
+    assert last["consumed_documents"] > STEPS
+    assert last["loss_by_position/00008192"] is None, "no document is longer"
+
+
 def test_mlflow_holds_parameters_metrics_and_artifacts_of_the_run(demo):
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{demo.runs / 'mlflow.db'}")
-    run = client.get_run((demo.run / "mlflow_run_id").read_text().strip())
-    assert run.info.status == "FINISHED"
+    (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=10)
+    assert (run.info.run_name, run.info.status) == (demo.run.name, "FINISHED")
     assert run.data.params["recipe.data.seq_len"] == "32768"
     assert run.data.params["sp"] == "2"
     for name in ("loss", "eval_loss"):
         history = client.get_metric_history(run.info.run_id, name)
         points = [point.value for point in sorted(history, key=lambda point: point.step)]
         assert points == [row[name] for row in demo.rows if row[name] is not None]
-    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {
-        "recipe.yaml",
-        "plan.json",
-        "training.png",
-    }
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    described = {"environment.json", "packing.json", "packing.png"}
+    assert files == {"recipe.yaml", "plan.json", "training.png", "report.html", "checkpoints"} | described
+    saved = {item.path for item in client.list_artifacts(run.info.run_id, "checkpoints")}
+    assert saved == {"checkpoints/step-000010.json", "checkpoints/step-000020.json"}
 
 
 def test_the_packed_data_opens_as_a_hugging_face_data_set(demo):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.metrics.tracker import read_steps
+from pipeline.metrics.rows import read_steps
 from pipeline.plan.checkpoint_dir import RECORD_NAME, damage, read_checkpoint, step_folders
 
 LAUNCH_SECONDS = 600  # about 15 on two free cores

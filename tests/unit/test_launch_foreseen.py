@@ -6,9 +6,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.foreseen import check_foreseen
-from pipeline.launch.seen import seen_lines
 from pipeline.plan.cluster import ClusterProfile, load_cluster
 from pipeline.plan.job import JobPlan, plan_job
+from pipeline.plan.seen import seen_lines
 from pipeline.recipe.load import load
 
 TOO_LONG = ["memory.tiled_norm=null", "data.seq_len=4194304"]
@@ -68,3 +68,13 @@ def test_what_was_seen_stands_beside_what_was_planned():
     assert re.fullmatch(r"  host memory, a rank +2.00 GiB +[\d.]+ GiB", lines[2])
     assert re.fullmatch(r"  seconds per step +10.00 +[\d.]+", lines[3])
     assert list(seen_lines([], planned())) == []
+
+
+def test_the_share_of_the_hardware_that_was_used_stands_beside_the_planned_one():
+    row = {"peak_device_bytes": 1, "peak_host_rss_bytes": 1, "step_seconds": 10.0, "tokens_per_second": 1.0}
+    lines = list(seen_lines([row | {"mfu": mfu, "hfu": 0.6} for mfu in (0.1, 0.5, 0.5)], planned()))
+    assert re.fullmatch(r"  MFU +50.0% +[\d.]+%", lines[5])
+    assert re.fullmatch(r"  HFU +60.0% +[\d.]+%", lines[6])
+    on_a_cpu = [row | {"peak_device_bytes": None, "mfu": None, "hfu": None}]
+    told = "\n".join(seen_lines(on_a_cpu, plan_job(load("tiny"))))
+    assert "MFU" not in told and "tokens per second" in told

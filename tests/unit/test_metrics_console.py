@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pipeline.errors import RunError
-from pipeline.metrics.console import ProgressLine, duration, gib, print_table, step_line
+from pipeline.metrics.console import ProgressLine, binding, duration, gib, print_table, step_line
 from pipeline.metrics.meter import StepRecord
 from pipeline.metrics.summary import print_summary, summarize
 
@@ -25,6 +25,10 @@ def make_record(**changes) -> StepRecord:
         "loss_spike": False,
         "eval_loss": None,
         "eval_seconds": None,
+        "forward_seconds": 2.0,
+        "backward_seconds": 6.5,
+        "optimizer_seconds": 0.5,
+        "communication_seconds": 1.0,
     }
     return StepRecord(**(values | changes))
 
@@ -36,7 +40,7 @@ class Terminal(io.StringIO):
 
 def test_step_line_reads_as_documented():
     assert " ".join(step_line(make_record(), 30).split()) == (
-        "step 12/30 loss 6.213 |g| 1.03 lr 2.9e-03 9,812 tok/s peak 1.31 GiB MFU - ETA 0:01:12"
+        "step 12/30 loss 6.213 |g| 1.03 lr 2.9e-03 9,812 tok/s peak 1.31 GiB MFU - compute 90% ETA 0:01:12"
     )
 
 
@@ -48,6 +52,21 @@ def test_columns_keep_their_place():
     assert "5.1%" in first
     assert "1.2e-05" in other
     assert "123.00 GiB" in other  # the device's peak, not the host's 1.31
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "compute 90%"),
+        ({"offload_stall_seconds": 10.0}, "offload 50%"),
+        ({"communication_seconds": 27.0}, "comm 75%"),
+        ({"data_seconds": 90.0}, "data 90%"),
+        (dict.fromkeys(("forward_seconds", "backward_seconds", "optimizer_seconds", "communication_seconds"), 0), "-"),
+    ],
+)
+def test_what_binds_is_what_most_time_goes_into(changes, told):
+    assert binding(make_record(**changes)) == told
+    assert step_line(make_record(**changes), 30).index("ETA") == step_line(make_record(), 30).index("ETA")
 
 
 def test_line_survives_what_is_unknown_or_not_finite():
@@ -114,7 +133,7 @@ def write_rows(run_dir, losses):
 def test_summary_takes_median_speed_without_the_first_step_and_the_largest_peak(tmp_path):
     write_rows(tmp_path, [10.0, 9.0, 8.0, 7.5])
     summary = summarize(
-        tmp_path, samples=1234, fill_fraction=0.9876, paths={"run": tmp_path}, next_steps=["make mlflow"]
+        tmp_path, samples=1234, fill_fraction=0.9876, paths={"run": str(tmp_path)}, next_steps=["make mlflow"]
     )
     assert (summary.first_loss, summary.last_loss, summary.steps) == (10.0, 7.5, 4)
     assert summary.tokens_per_second == 3000

@@ -9,13 +9,17 @@ import pytest
 
 from pipeline.metrics.meter import (
     ETA_WINDOW,
+    Eta,
+    RunClock,
+    StepRecord,
     StepTimer,
     StepTimes,
     eta_seconds,
-    model_flops_utilization,
+    flops_utilization,
+    memory_metrics,
     peak_host_rss_bytes,
-    step_record,
 )
+from pipeline.metrics.reduction import Reduction
 
 
 class Clock:
@@ -35,29 +39,6 @@ def run_step(timer: StepTimer, clock: Clock, seconds: dict[str, float]) -> StepT
     return timer.end_step()
 
 
-def record(**changes):
-    values = {
-        "step": 2,
-        "epoch": 0.5,
-        "loss": 3.0,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-3,
-        "tokens": 6000,
-        "valid_tokens": 5990,
-        "sum_len_squared": 9_000_000,
-        "times": StepTimes(2.0, 0.1, 0.5, 1.0, 0.3),
-        "ranks": 4,
-        "model_flops": 8e12,
-        "peak_flops_per_rank": 2e12,
-        "peak_device_bytes": None,
-        "peak_host_rss_bytes": 2**30,
-        "offloaded_bytes": 7,
-        "eta_seconds": 12.0,
-        "now": 1_700_000_000.0,
-    }
-    return step_record(**(values | changes))
-
-
 def test_phases_add_up_over_gradient_accumulation_and_start_anew_each_step():
     clock = Clock()
     timer = StepTimer(clock=clock)
@@ -68,8 +49,23 @@ def test_phases_add_up_over_gradient_accumulation_and_start_anew_each_step():
     with timer.phase("optimizer"):
         clock.now += 5
     clock.now += 0.5  # inside the step, in no phase
-    assert timer.end_step() == StepTimes(17.5, 2, 4, 6, 5)
-    assert run_step(timer, clock, {"forward": 2}) == StepTimes(2, 0, 2, 0, 0)
+    assert timer.end_step() == StepTimes(17.5, 2, 4, 6, 0, 0, 5)
+    assert run_step(timer, clock, {"forward": 2}) == StepTimes(2, 0, 2, 0, 0, 0, 0)
+
+
+def test_what_a_phase_waited_for_is_counted_for_itself_and_the_parts_do_not_overlap():
+    clock = Clock()
+    waits = iter([{}, {"communication": 3.0, "offload_stall": 1.0}, {"communication": 100.0}, {"communication": 0.5}])
+    timer = StepTimer(clock=clock, take_waits=lambda: next(waits))
+    with timer.phase("forward"):
+        clock.now += 10
+    clock.now += 7  # an evaluation, whose 100 s of exchange belong to no phase
+    with timer.phase("backward"):
+        clock.now += 2
+    times = timer.end_step()
+    assert (times.forward_seconds, times.backward_seconds) == (6.0, 1.5)
+    assert (times.communication_seconds, times.offload_stall_seconds) == (3.5, 1.0)
+    assert times.step_seconds == 19
 
 
 def test_time_between_steps_belongs_to_no_step():
@@ -118,28 +114,54 @@ def test_eta_follows_a_change_of_pace():
     assert eta_seconds([9.0] * 100 + [1.0] * ETA_WINDOW, 5) == 5
 
 
-def test_timer_gives_the_eta_of_its_own_steps():
-    clock = Clock()
-    timer = StepTimer(clock=clock)
-    assert timer.eta_seconds(4) is None
+def test_the_eta_counts_evaluations_once_it_is_known_how_long_they_take():
+    eta = Eta()
+    assert eta.seconds(steps=4, evaluations=2) is None
     for seconds in (50, 3, 3):
-        run_step(timer, clock, {"forward": seconds})
-    assert timer.eta_seconds(4) == 12
+        eta.stepped(seconds)
+    assert eta.seconds(steps=4, evaluations=2) == 12
+    eta.evaluated(10)
+    assert eta.seconds(steps=4, evaluations=2) == 32
 
 
-def test_rates_are_of_real_tokens_over_all_ranks():
-    made = record()
-    assert made.tokens_per_second == 3000
-    assert made.tokens_per_second_per_gpu == 750
-    assert made.mfu == pytest.approx(8e12 / (2.0 * 2e12 * 4))
-    assert (made.step_seconds, made.data_seconds, made.forward_seconds) == (2.0, 0.1, 0.5)
-    assert (made.backward_seconds, made.optimizer_seconds) == (1.0, 0.3)
-    assert made.time == 1_700_000_000.0
+def test_a_clock_that_is_set_back_or_forth_changes_no_order_and_no_length():
+    wall, monotonic = Clock(), Clock()
+    clock = RunClock(wall=wall, monotonic=monotonic)
+    told = [clock.now()]
+    for jump in (-3600, +86_400, 0):
+        wall.now += jump
+        monotonic.now += 5
+        told.append(clock.now())
+    assert told == [100, 105, 110, 115]
 
 
-def test_mfu_is_unknown_without_a_peak():
-    assert record(peak_flops_per_rank=None).mfu is None
-    assert model_flops_utilization(None, 1.0, 1e12, 1) is None
+def test_a_start_on_a_machine_whose_clock_is_behind_goes_on_after_the_last_step_told():
+    wall, monotonic = Clock(), Clock()
+    clock = RunClock(after=5000.0, wall=wall, monotonic=monotonic)
+    monotonic.now += 2
+    assert clock.now() == 5002
+
+
+def test_utilization_is_unknown_without_a_peak_or_a_count():
+    assert flops_utilization(8e12, 2.0, 2e12, 4) == pytest.approx(0.5)
+    assert flops_utilization(8e12, 2.0, None, 4) is None
+    assert flops_utilization(None, 1.0, 1e12, 1) is None
+
+
+def test_memory_is_told_with_its_own_reduction():
+    told = {metric.name: metric for metric in memory_metrics()}
+    assert told["peak_host_rss_bytes"].reduction is Reduction.MAX
+    assert told["host_rss_bytes"].reduction is Reduction.SUM
+    # The kernel counts pages in batches per thread: the two differ by a few of them.
+    assert 10 << 20 < told["host_rss_bytes"].value <= told["peak_host_rss_bytes"].value + (1 << 20)
+
+
+def test_a_row_is_flat_and_sorts_as_it_counts():
+    values = dict.fromkeys(StepRecord.__dataclass_fields__, 0)
+    values |= {"loss_by_position": {"00000000": 5.0, "00000256": None}, "loss_by_document_length": {}, "system": {}}
+    row = StepRecord(**values).to_row()
+    assert [name for name in row if "/" in name] == ["loss_by_position/00000000", "loss_by_position/00000256"]
+    assert not any(isinstance(value, dict) for value in row.values())
 
 
 def test_peak_rss_sees_memory_that_was_touched_and_freed():

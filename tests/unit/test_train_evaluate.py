@@ -8,7 +8,7 @@ from pipeline.data.packed_dataset import PackedDataset
 from pipeline.errors import DataError
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.recipe.load import load
-from pipeline.train.evaluate import is_due, open_held_out
+from pipeline.train.evaluate import evaluations_after, is_due, open_held_out
 from tests.unit.data_support import packed
 
 SEQ_LEN = 16
@@ -35,6 +35,13 @@ def test_off_is_null(dataset: PackedDataset) -> None:
 def test_it_comes_every_so_many_steps_and_at_the_end() -> None:
     plan = plan_of("{every_steps: 4, samples: 2}")
     assert [step for step in range(1, 11) if is_due(plan, step)] == [4, 8, 10]
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 10, 11])
+def test_those_still_to_come_are_counted(every: int) -> None:
+    plan = plan_of(f"{{every_steps: {every}, samples: 2}}")
+    for step in range(1, 11):
+        assert evaluations_after(plan, step) == sum(is_due(plan, later) for later in range(step + 1, 11))
 
 
 def test_samples_are_held_out_of_the_runs_own_data(dataset: PackedDataset) -> None:
