@@ -281,6 +281,7 @@ def resume(
     if profile is None:
         check_one_node(job)
         run_dir.check_free()
+        run_dir.stop_switch.unlink(missing_ok=True)
         run_dir.write_plan(job)
         take_snapshot(run_dir)
         typer.echo(f"run folder: {run_dir.path}")
@@ -328,6 +329,28 @@ def cancel(run_folder: RunArgument) -> None:
 
     cancelled = cancel_jobs(find_run(run_folder, runs=runs_root()))
     typer.echo(f"cancelled: {', '.join(cancelled)}" if cancelled else "no job of it waits or runs")
+
+
+@app.command()
+def save(run_folder: RunArgument) -> None:
+    """Ask a run for a checkpoint after the step under way. The same is: touch RUN/save"""
+    from pipeline.launch.resume import find_run
+    from pipeline.plan.run_dir import runs_root
+
+    switch = find_run(run_folder, runs=runs_root()).save_switch
+    switch.touch()
+    typer.echo(f"{switch}: a checkpoint is saved after the step under way, and then this file is gone")
+
+
+@app.command()
+def stop(run_folder: RunArgument) -> None:
+    """Ask a run to end after the step under way, saved, until it is resumed. The same is: touch RUN/stop"""
+    from pipeline.launch.resume import find_run
+    from pipeline.plan.run_dir import runs_root
+
+    switch = find_run(run_folder, runs=runs_root()).stop_switch
+    switch.touch()
+    typer.echo(f"{switch}: while this file is there no step is begun; `alst resume {switch.parent.name}` goes on")
 
 
 @app.command()

@@ -41,6 +41,8 @@ def _failure_lines(state: JobState, run_dir: RunDir) -> Iterator[str]:
 def _job_line(state: JobState) -> str:
     detail = f" ({state.detail})" if state.detail else ""
     again = f", restarted {state.restarts} x" if state.restarts else ""
+    if state.requeued_for:
+        again += f", last because: {state.requeued_for}"
     return f"{state.job.stage:<6} job {state.job.id}: {state.state}{detail}{again}"
 
 

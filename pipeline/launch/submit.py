@@ -79,6 +79,7 @@ def submit_again(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> lis
     plan = with_image(plan, profile)
     jobs = jobs_of(plan, profile, run_dir)
     check_accepted(jobs, run_dir)  # before the folder is changed
+    run_dir.stop_switch.unlink(missing_ok=True)
     run_dir.write_plan(plan)
     write_texts(jobs, profile, run_dir)
     return submit(jobs, run_dir)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from pipeline.data.loader import PackedLoader, StepBatch
@@ -10,13 +11,18 @@ from pipeline.metrics.console import ProgressLine, size, warn
 from pipeline.metrics.meter import StepRecord, StepTimer, step_record
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.tracker import Tracker
+from pipeline.parallel.mesh import limit_collectives
 from pipeline.plan.hardware import HARDWARE
+from pipeline.plan.patience import Patience
+from pipeline.plan.queue import Request
 from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.evaluate import HeldOut, evaluate, is_due
 from pipeline.train.flops import StepFlops
 from pipeline.train.guard import Guard
+from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
+from pipeline.train.stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,14 @@ class Reporting:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who looks at a step once it is done."""
+    """Who looks at a step, and what it is to be followed by."""
 
     guard: Guard
     spikes: SpikeDetector
     held_out: HeldOut | None
+    stopping: Stopping
+    heartbeat: Heartbeat
+    patience: Patience
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,8 @@ class Outcome:
 
     peak_host_rss_bytes: tuple[int, ...]
     """By rank."""
-    stopped: bool
-    """It was asked to, and steps are left."""
+    ended_by: Request
+    """NOTHING if all steps are done."""
 
 
 def train(
@@ -53,23 +62,25 @@ def train(
     watch: Watch,
     checkpointer: Checkpointer,
     reporting: Reporting,
-    stop_asked: Callable[[], bool],
 ) -> Outcome:
-    """Run every step of `loader`, and save when it is due; or until the step after which some rank was asked to stop.
+    """Run every step of `loader`, and save when it is due; or until the step after which some rank is to stop.
 
-    Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite.
+    Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite; UserError before the
+    first step, if none can end in this job's time.
     """
     timer = StepTimer(synchronize=_synchronize(trainee))
     counted = StepFlops.of(trainee.engine.module)
     peaks: tuple[int, ...] = ()
     iterator = iter(loader)
-    stopped = False
-    while not stopped:
+    ended_by = _stop(watch.stopping.at_start(trainee.device))
+    while not ended_by:
+        watch.heartbeat.beat("data")
         with timer.phase("data"):
             batch = next(iterator, None)
             if batch is None:
                 break
             micro_batches = [model_inputs(micro_batch, trainee) for micro_batch in batch.micro_batches]
+        watch.heartbeat.step = batch.step + 1
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(
             trainee,
@@ -77,7 +88,7 @@ def train(
             valid_tokens=batch.valid_tokens,
             learning_rate=rate,
             timer=timer,
-            stop_asked=stop_asked,
+            asked=watch.stopping.after_step,
         )
         watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
@@ -85,15 +96,27 @@ def train(
         reporting.tracker.log_step(record)
         if reporting.progress is not None:
             reporting.progress.step(record)
-        stopped = result.stop_asked and batch.step + 1 < trainee.plan.recipe.train.steps
-        if checkpointer.due(batch.step + 1, stopping=stopped):
+        if batch.step + 1 < trainee.plan.recipe.train.steps:
+            ended_by = _stop(result.request)
+        if checkpointer.due(batch.step + 1, asked=result.request >= Request.SAVE):
+            watch.heartbeat.beat("save")
             checkpointer.save(loader.cursor(batch.step + 1))
+        if result.request >= Request.SAVE:
+            watch.stopping.saved()
         _tell(checkpointer, reporting)
+        patience = watch.patience.collective_seconds(watch.stopping.longest_seconds)
+        limit_collectives(trainee.mesh, timedelta(seconds=patience))
+    watch.heartbeat.beat("last save")
     try:
         checkpointer.finish()
     finally:
         _tell(checkpointer, reporting)
-    return Outcome(peaks, stopped)
+    return Outcome(peaks, ended_by)
+
+
+def _stop(request: Request) -> Request:
+    """The request if it ends training."""
+    return request if request >= Request.REQUEUE else Request.NOTHING
 
 
 def _tell(checkpointer: Checkpointer, reporting: Reporting) -> None:

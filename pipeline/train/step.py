@@ -15,6 +15,7 @@ from pipeline.data.batch import Batch
 from pipeline.metrics.meter import StepTimer, peak_device_bytes, peak_host_rss_bytes
 from pipeline.parallel.mesh import Mesh
 from pipeline.plan.job import JobPlan
+from pipeline.plan.queue import Request
 from pipeline.train.engine import loss_scale
 
 
@@ -45,8 +46,8 @@ class StepResult:
     """By rank."""
     peak_device_bytes: int | None
     """The largest over ranks."""
-    stop_asked: bool
-    """Some rank was asked to stop, by the end of this step."""
+    request: Request
+    """What some rank was asked for, by the end of this step; of several the largest."""
 
 
 def run_step(
@@ -56,7 +57,7 @@ def run_step(
     valid_tokens: int,
     learning_rate: float,
     timer: StepTimer,
-    stop_asked: Callable[[], bool] | None = None,
+    asked: Callable[[], Request] = lambda: Request.NOTHING,
 ) -> StepResult:
     """Forward and backward of every micro-batch, one update.
 
@@ -77,7 +78,7 @@ def run_step(
             engine.backward(loss * scale)
         with timer.phase("optimizer"):
             update = _update(engine, stage=trainee.plan.recipe.zero.stage)
-    return _reduce(loss_sums, update, valid_tokens, trainee, stop_asked is not None and stop_asked())
+    return _reduce(loss_sums, update, valid_tokens, trainee, asked())
 
 
 def model_inputs(batch: Batch, trainee: Trainee) -> dict[str, Any]:
@@ -125,14 +126,14 @@ def _plain_grad_norm(engine: Any) -> float:
 
 
 def _reduce(
-    loss_sums: list[float], update: Update, valid_tokens: int, trainee: Trainee, stop_asked: bool
+    loss_sums: list[float], update: Update, valid_tokens: int, trainee: Trainee, request: Request
 ) -> StepResult:
-    """The step's only collective of ours: each rank's loss sum, where it stopped being finite, peaks, and whether it
-    was asked to stop, to all."""
+    """The step's only collective of ours: each rank's loss sum, where it stopped being finite, peaks, and what it was
+    asked for, to all."""
     device_peak = peak_device_bytes()
     first = next((number for number, loss in enumerate(loss_sums) if not math.isfinite(loss)), -1)
     mine = torch.tensor(
-        [sum(loss_sums), first, peak_host_rss_bytes(), device_peak or 0, stop_asked],
+        [sum(loss_sums), first, peak_host_rss_bytes(), device_peak or 0, request],
         dtype=torch.float64,
         device=trainee.device,
     )
@@ -146,5 +147,5 @@ def _reduce(
         first_not_finite=tuple(None if number < 0 else int(number) for number in table[:, 1]),
         peak_host_rss_bytes=tuple(int(rss) for rss in table[:, 2]),
         peak_device_bytes=None if device_peak is None else int(table[:, 3].max()),
-        stop_asked=bool(table[:, 4].any()),
+        request=Request(int(table[:, 4].max())),
     )

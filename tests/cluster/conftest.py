@@ -16,6 +16,7 @@ import yaml
 from containers import apptainer as containers_apptainer
 from pipeline.plan.cluster import CLUSTERS
 from slurm.local_cluster import LocalCluster, free_ports, missing_programs
+from tests.cluster.drills import write_table
 from tests.cluster.user import ROOT, WAIT_SECONDS, User
 
 BUILD_SECONDS = 1800  # five minutes on two free cores
@@ -46,6 +47,19 @@ def cluster(programs) -> Iterator[LocalCluster]:
 def user(tmp_path_factory, cluster) -> User:
     """One for all tests, so that what one packed the others need not."""
     return User(tmp_path_factory.mktemp("user"), cluster)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(user) -> list[float]:
+    """The losses of two ranks that were left in peace, without Slurm."""
+    return user.train_here("hardware.gpus_per_node=2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drills_table() -> Iterator[None]:
+    """What drills cost, into the document that `make drills` names."""
+    yield
+    write_table()
 
 
 @pytest.fixture(scope="session")

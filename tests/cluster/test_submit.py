@@ -28,12 +28,6 @@ KEPT_BY_SLURM = {
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(user) -> list[float]:
-    """The losses of two ranks that were left in peace, without Slurm."""
-    return user.train_here("hardware.gpus_per_node=2")
-
-
 def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profile, tracking, tmp_path):
     """With a server for MLflow and secrets, of which no trace is left."""
     url, database = tracking
