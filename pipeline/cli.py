@@ -219,6 +219,9 @@ def submit(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Also if the plan says that it will not fit or end.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Each node reads its whole image before it starts.")] = False,
+    chain: Annotated[
+        int, typer.Option(min=1, help="Train jobs in a row, each to go on where time ended the last.")
+    ] = 1,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.launch.rehearsal import rehearsal_of, wait_lines
@@ -244,7 +247,7 @@ def submit(
         os.environ[VERIFY_IMAGE] = "1"
 
     profile = load_cluster(name)
-    run_dir = prepare(job, profile) if dry_run else submit_new(job, profile, force=force)
+    run_dir = prepare(job, profile) if dry_run else submit_new(job, profile, force=force, chain=chain)
     typer.echo(f"run folder: {run_dir.path}")
     if dry_run:
         for text in sorted(run_dir.slurm.glob("*.sbatch")):

@@ -13,6 +13,8 @@ from typing import Literal, NoReturn
 
 from pipeline.errors import AlstError, RunError, UserError
 from pipeline.launch import deadline, stop
+from pipeline.launch.node_gate import unfitness
+from pipeline.launch.resume import is_done
 from pipeline.plan.image import check_same
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.queue import Queue
@@ -43,10 +45,25 @@ def run_task(plan_path: str, stage: Stage, task: str = "0/1") -> None:
     code = 0
     try:
         read_secrets()
+        if stage == "train" and not _starts(Path(plan_path)):
+            return
         run_stage(Path(plan_path), stage, task=task)
     except Exception as error:
         code = _told(error)
     sys.exit(code)
+
+
+def _starts(plan_path: Path) -> bool:
+    """Whether there is anything to train. On a node that is not fit for it, this process leaves."""
+    plan, run_dir = read_plan(plan_path), RunDir(plan_path.resolve().parent)
+    if is_done(plan, run_dir):
+        print(f"all {plan.recipe.train.steps} steps are done", flush=True)
+        return False
+    if os.environ["SLURM_LOCALID"] == "0" and (why := unfitness(plan)) is not None:
+        node = os.environ["SLURMD_NODENAME"]
+        run_dir.exclude(node, why)
+        _leave(run_dir, f"node {node} is not fit: {why}", True)
+    return True
 
 
 def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:

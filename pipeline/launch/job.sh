@@ -1,8 +1,8 @@
 # What a job does outside of its tasks and of any container, where Slurm's commands are. The batch script sources this:
 # before the tasks it finds out until when they may run, after them whether the job goes back into the queue.
 #
-#   before_tasks RUN REQUEUES     the run folder, and how often a job may be started again
-#   after_tasks CODE              the exit code of srun; ends the script
+#   before_tasks RUN REQUEUES [next]    the run folder, how often a job may be started again; whether one follows it
+#   after_tasks CODE                    the exit code of srun; ends the script
 
 # Of a job of an array: the number alone may stand for the whole array.
 alst_job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
@@ -56,7 +56,7 @@ requeue() {
 
 before_tasks() {
     local began="$1/slurm/nodes-$SLURM_JOB_ID" since nodes node
-    alst_run="$1" alst_requeues="$2"
+    alst_run="$1" alst_requeues="$2" alst_next="$3"
     if [ -s "$began" ]; then # Slurm itself ended the start before: a node failed, a preemption, scontrol requeue
         read -r since nodes < "$began"
         for node in $(scontrol show hostnames "$nodes"); do
@@ -74,6 +74,11 @@ before_tasks() {
 
 after_tasks() {
     local code="$1" mark="$alst_run/slurm/requeue-$SLURM_JOB_ID" reason=
+    # Slurm ends it: a node failed, it was cancelled, its time is over. Requeued by us it would come back to life.
+    if [ "$(squeue --noheader --jobs="$alst_job" --format=%T)" != RUNNING ]; then
+        rm -f "$mark"
+        exit "$code"
+    fi
     rm -f "$alst_run/slurm/nodes-$SLURM_JOB_ID"
     if [ -e "$mark" ]; then
         reason="$(cat "$mark")"
@@ -82,8 +87,8 @@ after_tasks() {
         reason="its tasks could not be launched"
     fi
     if [ -z "$reason" ]; then exit "$code"; fi
-    # Cancelled meanwhile, or out of time: requeued it would come back to life.
-    if [ "$(squeue --noheader --jobs="$alst_job" --format=%T)" != RUNNING ]; then exit "$code"; fi
+    # All tasks ended well, saved: the next job of the chain has waited long enough.
+    if [ -n "$alst_next" ] && [ "$code" = 0 ]; then exit 0; fi
     # SIGTERM has other causes.
     if [ "$reason" = preempted ] && ! scontrol show job "$alst_job" | grep -q 'PreemptTime=[0-9]'; then exit "$code"; fi
     requeue "$reason" "$code"

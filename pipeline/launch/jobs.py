@@ -56,13 +56,20 @@ class JobRequest:
     """More than one is a job array: each of its jobs does task I of N of the stage."""
 
 
-def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[JobRequest, ...]:
+def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, *, chain: int = 1) -> tuple[JobRequest, ...]:
     """The jobs of a run, in order; each starts when the one before it has ended well.
 
-    A data set that is packed already is not packed again.
+    A data set that is packed already is not packed again. Of a `chain` each train job leaves what it cannot do in its
+    time to the next, and the last to itself.
     """
     packing = () if run_dir.is_packed(plan) else _pack_jobs(plan, profile, run_dir)
-    return (*packing, train_job(plan, profile, run_dir))
+    last = train_job(plan, profile, run_dir)
+    before = replace(last, setup=tuple(_followed(line) for line in last.setup))
+    return (*packing, *[before] * (chain - 1), last)
+
+
+def _followed(line: str) -> str:
+    return f"{line} next" if line.startswith("before_tasks ") else line
 
 
 def _pack_jobs(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[JobRequest, ...]:
@@ -98,7 +105,7 @@ def _signal_seconds(plan: JobPlan, run_dir: RunDir, job: JobRequest) -> int:
     """Time for the step that is under way and a save, by the plan and a third more; at most half of the job's."""
     foreseen = estimate(plan, packed=run_dir.packed(plan))
     if foreseen.seconds is None:
-        return job.signal_seconds
+        return min(job.signal_seconds, 60 * job.time_minutes // 2)
     needed = ceil(4 / 3 * (foreseen.seconds.total + (foreseen.checkpoint_seconds or 0.0)))
     return max(job.signal_seconds, min(needed, 60 * job.time_minutes // 2, MOST_SIGNAL_SECONDS))
 

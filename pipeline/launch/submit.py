@@ -55,8 +55,9 @@ class _Executor(SlurmExecutor):
         return text
 
 
-def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False) -> RunDir:
-    """A new run, in Slurm's queue; with `force` also if it is foreseen not to fit, or not to end a step.
+def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False, chain: int = 1) -> RunDir:
+    """A new run, in Slurm's queue, with a `chain` of train jobs; with `force` also if it is foreseen not to fit, or not
+    to end a step.
 
     Raises UserError before anything is there, and then leaves no folder.
     """
@@ -66,7 +67,7 @@ def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False) -
     plan = with_image(plan, profile)
     run_dir = prepare(plan, profile)
     try:
-        submit(jobs_of(plan, profile, run_dir), run_dir)
+        submit(jobs_of(plan, profile, run_dir, chain=chain), run_dir)
     except AlstError:
         shutil.rmtree(run_dir.path)
         raise

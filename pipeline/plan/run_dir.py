@@ -103,6 +103,11 @@ class RunDir:
         rows = self.excluded.read_text(encoding="utf-8").splitlines() if self.excluded.is_file() else []
         return list(dict.fromkeys(row.split()[0] for row in rows if row.strip()))
 
+    def exclude(self, node: str, why: str) -> None:
+        """No later job of this run is to get the node."""
+        with self.excluded.open("a", encoding="utf-8") as file:
+            file.write(f"{node} {time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
+
     def is_packed(self, plan: JobPlan) -> bool:
         """Whether the packed data set is complete: its manifest is written last."""
         return (self.packed(plan) / "manifest.json").is_file()
