@@ -54,22 +54,32 @@ requeue() {
     exit "$2"
 }
 
+# SINCE OFFSET NODES: those of an earlier start that failed; srun names what it has lost, and may be lost itself.
+failed_nodes() {
+    local node lost=
+    if [ -f "$alst_errors" ]; then
+        lost="$(tail -c "+$(($2 + 1))" "$alst_errors" | sed -n 's/^srun: error: Node failure on \([^ ]*\).*/\1/p')"
+    fi
+    for node in $lost; do scontrol show hostnames "$node"; done
+    for node in $(scontrol show hostnames "$3"); do
+        if node_failed "$node" "$1"; then echo "$node"; fi
+    done
+}
+
 before_tasks() {
-    local began="$1/slurm/nodes-$SLURM_JOB_ID" since nodes node
+    local began="$1/slurm/nodes-$SLURM_JOB_ID" since offset nodes node
     alst_run="$1" alst_requeues="$2" alst_next="$3"
     if [ -s "$began" ]; then # Slurm itself ended the start before: a node failed, a preemption, scontrol requeue
-        read -r since nodes < "$began"
-        for node in $(scontrol show hostnames "$nodes"); do
-            if node_failed "$node" "$since"; then
-                echo "$node $(date '+%Y-%m-%d %H:%M:%S') failed under job $alst_job" >> "$alst_run/slurm/excluded"
-            fi
+        read -r since offset nodes < "$began"
+        for node in $(failed_nodes "$since" "$offset" "$nodes" | sort -u); do
+            echo "$node $(date '+%Y-%m-%d %H:%M:%S') failed under job $alst_job" >> "$alst_run/slurm/excluded"
         done
         if [ "${SLURM_RESTART_COUNT:-0}" -gt "$alst_requeues" ]; then requeue "ended by Slurm" 1; fi
         for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
             if grep -qs "^$node " "$alst_run/slurm/excluded"; then requeue "node $node failed before" 1; fi
         done
     fi
-    echo "$(date +%s) $SLURM_JOB_NODELIST" > "$began"
+    echo "$(date +%s) $alst_errors_before $SLURM_JOB_NODELIST" > "$began"
 }
 
 after_tasks() {

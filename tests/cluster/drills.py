@@ -62,9 +62,10 @@ def train_job(run: Path) -> str:
     return jobs(run)["train"]
 
 
-def started_again(run: Path, restart: int = 1) -> Path:
-    """The log of rank 0 of a later start of the train job."""
-    return run / "logs" / f"train-{train_job(run)}" / str(restart) / "rank0.log"
+def log_of(run: Path, *, start: int) -> str:
+    """What rank 0 said in a start of the train job; -1 is the newest."""
+    starts = sorted((run / "logs" / f"train-{train_job(run)}").iterdir(), key=lambda folder: int(folder.name))
+    return (starts[start] / "rank0.log").read_text()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Drills on the real cluster: a run is disturbed, goes on, and ends with the very losses of one left in peace."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from slurm.local_cluster import free_ports, search_path
 from tests.cluster.conftest import mlflow_server
-from tests.cluster.drills import Disturbed, frozen, started_again, train_job
+from tests.cluster.drills import Disturbed, frozen, log_of, train_job
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
 TWO_RANKS = "hardware.gpus_per_node=1"
@@ -71,8 +72,8 @@ def test_a_preempted_job_saves_leaves_and_comes_back(user, run, two_ranks):
         user.wait(lambda: "PreemptTime=2" in user.cluster.ask("scontrol", "show", "job", train_job(run)), run)
     ends_well(user, run)
     assert user.state(urgent) == "COMPLETED"
-    assert "asked to stop by SIGTERM" in started_again(run, 0).read_text()
-    assert "resumed from step-00000" in started_again(run).read_text()
+    assert "asked to stop by SIGTERM" in log_of(run, start=0)
+    assert "resumed from step-00000" in log_of(run, start=-1)
     disturbed.ended("preempted by a higher partition", by="Slurm and the batch script", user=user, peaceful=two_ranks)
 
 
@@ -137,7 +138,7 @@ def test_a_node_that_fails_is_not_used_again(user, run, two_ranks):
     finally:
         user.cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
     assert (run / "slurm" / "excluded").read_text().startswith(f"{node} ")
-    assert "resumed from step-00000" in started_again(run).read_text()
+    assert "resumed from step-00000" in log_of(run, start=-1)
     disturbed.ended("a node fails", by="Slurm", user=user, peaceful=two_ranks)
     user.alst("resume", run.name, "train.steps=9")
     assert f"#SBATCH --exclude={node}\n" in (run / "slurm" / "train.sbatch").read_text()
@@ -245,3 +246,31 @@ def test_a_second_job_of_the_same_run_is_refused_and_the_first_is_left_in_peace(
     assert "another job trains into this run folder (process " in (run / "second.out").read_text()
     ends_well(user, run)
     disturbed.ended("two jobs of one run", by="nobody: the second is refused", user=user, peaceful=two_ranks)
+
+
+@pytest.mark.full
+def test_switch_files_save_and_stop_a_run_until_it_is_resumed(user, two_ranks):
+    run = begun(user, "checkpoint.every_steps=null")
+    user.alst("save", run.name)
+    user.wait(lambda: not (run / "save").exists() and list((run / "checkpoints").glob("step-*")), run)
+    user.alst("stop", run.name)
+    ends_well(user, run)
+    assert len(losses(run)) < len(two_ranks), "it had ended before it was asked"
+    assert "resume` goes on" in log_of(run, start=0)
+    assert not (run / "slurm" / "requeues").exists()
+    user.alst("resume", run.name)
+    ends_well(user, run)
+    assert losses(run) == two_ranks
+
+
+@pytest.mark.full
+def test_in_a_chain_the_next_job_goes_on_where_the_signal_ended_the_last(user, two_ranks):
+    run = begun(user, "checkpoint.every_steps=null", "--chain", "3")
+    first, second, third = [job["id"] for job in json.loads((run / "slurm" / "jobs.json").read_text())["jobs"]]
+    user.cluster.ask("scancel", "--signal=USR2", first)
+    user.wait_for_end(run)
+    assert [user.state(job) for job in (first, second, third)] == ["COMPLETED"] * 3
+    assert "resumed from step-00000" in (run / "logs" / f"train-{second}" / "0" / "rank0.log").read_text()
+    assert "all 8 steps are done" in (run / "logs" / f"train-{third}" / "0" / "rank0.log").read_text()
+    assert not (run / "slurm" / "requeues").exists()
+    assert losses(run) == two_ranks

@@ -145,6 +145,14 @@ def test_a_node_that_failed_is_not_used_again(run_dir):
     assert commands == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n2"]
 
 
+def test_a_node_that_srun_lost_is_not_used_again_though_it_is_back(run_dir):
+    run_job(run_dir, "echo 'srun: error: Node failure on n1' >&2; kill -9 $$")
+    code, _, commands = run_job(run_dir, "exit 0", SLURM_RESTART_COUNT="1")
+    assert (code, commands) == (1, ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n1"])
+    assert run_dir.excluded_nodes() == ["n1"]
+    assert run_job(run_dir, "exit 0", SLURM_JOB_NODELIST="n3")[::2] == (0, [])
+
+
 def test_tasks_are_told_until_when_they_may_run(run_dir):
     code, _, told = run_job(run_dir, 'echo "$ALST_JOB_END $ALST_GRACE_SECONDS"')
     assert (code, told) == (0, ["1767225600 15"])
