@@ -15,6 +15,7 @@ from pipeline.errors import AlstError, RunError, UserError
 from pipeline.launch import deadline, stop
 from pipeline.launch.node_gate import unfitness
 from pipeline.launch.resume import is_done
+from pipeline.plan.hardware import GB
 from pipeline.plan.image import check_same
 from pipeline.plan.job import JobPlan, read_plan
 from pipeline.plan.queue import Queue
@@ -27,6 +28,9 @@ LOGS = "ALST_LOGS"
 
 VERIFY_IMAGE = "ALST_VERIFY_IMAGE"
 """Set in a job that is to read its whole image before it starts."""
+
+LEAST_RATE = "ALST_LEAST_BUS_GIGABYTES_PER_SECOND"
+"""Set in a train job whose profile says how fast its ranks have to reach each other."""
 
 SLURM_RANK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 """torch's names of a rank's place, and Slurm's."""
@@ -116,6 +120,7 @@ def _train(run: Callable[..., bool], plan: JobPlan, run_dir: RunDir) -> None:
         asked_to_requeue=stop.asked,
         seconds_left=deadline.seconds_left,
         terminated=lambda: stop.terminated_at() is not None,
+        least_bus_bytes_per_second=float(os.environ[LEAST_RATE]) * GB if LEAST_RATE in os.environ else None,
         leave=partial(_leave, run_dir),
     )
     again = run(plan, run_dir, queue)

@@ -68,7 +68,7 @@ failed_nodes() {
 
 before_tasks() {
     local began="$1/slurm/nodes-$SLURM_JOB_ID" since offset nodes node
-    alst_run="$1" alst_requeues="$2" alst_next="$3"
+    alst_run="$1" alst_requeues="$2" alst_next="${3:-}"
     if [ -s "$began" ]; then # Slurm itself ended the start before: a node failed, a preemption, scontrol requeue
         read -r since offset nodes < "$began"
         for node in $(failed_nodes "$since" "$offset" "$nodes" | sort -u); do

@@ -11,8 +11,8 @@ from typing import Literal
 from pipeline.launch.container import lines as container_lines
 from pipeline.launch.container import python_line
 from pipeline.launch.container import variables as container_variables
-from pipeline.launch.entry import Stage
-from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
+from pipeline.launch.entry import LEAST_RATE, Stage
+from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue, TrainOptions
 from pipeline.plan.environment import Variable, environment
 from pipeline.plan.estimate import estimate
 from pipeline.plan.hub_cache import hub_needs
@@ -168,6 +168,8 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
     if hub_needs(plan.recipe):
         cache = str(profile.hub_cache())
         table.append(Variable("HF_HUB_CACHE", cache, "where `alst stage` put model, tokenizer and data"))
+    if isinstance(asked, TrainOptions) and (least := asked.least_bus_gigabytes_per_second) is not None:
+        table.append(Variable(LEAST_RATE, str(least), "a slow link would cost every step; better not to begin"))
     if profile.secrets is not None:
         table.append(Variable("ALST_SECRETS", profile.secrets, "each task reads this file itself"))
     table += container_variables(profile, tuple(table))

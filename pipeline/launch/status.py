@@ -53,5 +53,5 @@ def _step_line(row: dict[str, Any], steps: int, states: list[JobState]) -> str:
     if left is None:
         return done
     needed = round((steps - row["step"]) * row["step_seconds"])
-    fits = "" if needed <= left else ": it will not end in this job; `alst resume` goes on"
+    fits = "" if needed <= left else ": it will not end in this job, and goes on in another start"
     return f"{done}  ETA {timedelta(seconds=needed)} of {timedelta(seconds=left)} left{fits}"

@@ -56,8 +56,9 @@ def reason() -> str:
 
 
 def leave_mark(run_dir: RunDir, why: str) -> None:
-    """For the batch script, which waits outside for the tasks to end."""
-    run_dir.requeue_mark(os.environ.get("SLURM_JOB_ID", "local")).write_text(f"{why}\n", encoding="utf-8")
+    """For the batch script, which waits outside for the tasks to end; nobody does where there is no Slurm."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        run_dir.requeue_mark(job).write_text(f"{why}\n", encoding="utf-8")
 
 
 def _handle(number: int, _: FrameType | None) -> None:

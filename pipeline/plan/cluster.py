@@ -123,6 +123,8 @@ class TrainOptions(JobOptions):
 
     gpus: GpuRequest | None = GpuRequest()
     """null asks for none: nodes that are given out whole, and nodes without GPUs."""
+    least_bus_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Of an all-reduce over all ranks, before the model is built; less ends the job. null: not looked at."""
 
 
 class ClusterHardware(Section):

@@ -26,6 +26,8 @@ class Queue:
     """Until the process will be killed; None if nothing is known of that."""
     terminated: Callable[[], bool] = lambda: False
     """SIGTERM was among the signals: it is to go as soon as it can."""
+    least_bus_bytes_per_second: float | None = None
+    """Of an all-reduce between the ranks it gave; None if it is not looked at."""
     leave: Callable[[str, bool], None] = lambda why, again: None
     """End this process at once, with the reason, whatever its main thread does; `again`: the job is to be started again
     from its newest checkpoint."""

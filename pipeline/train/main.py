@@ -36,6 +36,7 @@ from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.evaluate import HeldOut, open_held_out
+from pipeline.train.fabric import check_rate
 from pipeline.train.guard import Guard, NotFiniteError
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.loop import Outcome, Reporting, Watch, train
@@ -65,6 +66,8 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     init_distributed(plan, timeout=timeout)
     _check_same_kernel(attention)
     mesh = create_mesh(plan.sp, timeout=timeout)
+    if queue.least_bus_bytes_per_second is not None:
+        check_rate(device, queue.least_bus_bytes_per_second)
     resume = find_resume(plan, run_dir, mesh)
     register()
     model = build_model(

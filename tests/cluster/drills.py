@@ -83,11 +83,12 @@ def frozen(pids: list[int]) -> Iterator[None]:
 
 
 def write_table() -> None:
-    """The rows into the document that is named, if one is."""
+    """The rows into the document that is named, if one is; those of drills that were not done now stay."""
     if not (name := os.environ.get(TABLE)):
         return
-    lines = ["| what happened | who went on | steps done again | seconds until a new step |", "|---|---|---|---|"]
-    lines += [f"| {row.what} | {row.by} | {row.steps_again} | {row.seconds:.0f} |" for row in rows.values()]
     before, rest = Path(name).read_text().split(BEGIN)
-    _, after = rest.split(END)
-    Path(name).write_text("\n".join([before + BEGIN, *lines, END + after]))
+    table, after = rest.split(END)
+    head = ["| what happened | who went on | steps done again | seconds until a new step |", "|---|---|---|---|"]
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in table.strip().splitlines()[len(head) :]}
+    known |= {row.what: f"| {row.what} | {row.by} | {row.steps_again} | {row.seconds:.0f} |" for row in rows.values()}
+    Path(name).write_text("\n".join([before + BEGIN, *head, *known.values(), END + after]))

@@ -37,9 +37,14 @@ def begun(user, *overrides: str, cluster: str = "throw-away") -> Path:
 
 
 def rank(user, number: int) -> int:
-    """The process of a rank of the only job there is."""
-    (pid,) = user.cluster.job_processes(rank=number)
+    """The process of a rank of the only job there is; rank 0 is also what Slurm calls the batch script."""
+    pids = user.cluster.job_processes(rank=number)
+    (pid,) = (pid for pid in pids if b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"srun")[0])
     return pid
+
+
+def both(user) -> list[int]:
+    return [rank(user, 0), rank(user, 1)]
 
 
 def ends_well(user, run: Path) -> None:
@@ -62,7 +67,7 @@ def test_a_rank_that_stands_still_is_named_and_the_job_goes_on(user, two_ranks):
 
 
 def test_a_preempted_job_saves_leaves_and_comes_back(user, run, two_ranks):
-    ranks = user.cluster.job_processes(rank=0) + user.cluster.job_processes(rank=1)
+    ranks = both(user)
     with frozen(ranks):
         disturbed = Disturbed(run)
         urgent = user.cluster.ask(
@@ -115,7 +120,7 @@ def test_tasks_that_could_not_be_launched_are_launched_again(user, tmp_path, pro
 @pytest.mark.full
 def test_a_job_that_comes_to_its_time_limit_saves_before_it_and_goes_on(user, two_ranks, profile):
     run = begun(user, "checkpoint.every_steps=2", cluster=profile(train={"time": "00:02:00"}))
-    ranks = user.cluster.job_processes(rank=0) + user.cluster.job_processes(rank=1)
+    ranks = both(user)
     disturbed = Disturbed(run)
     with frozen(ranks):
         left = ["squeue", "-h", "-j", train_job(run), "-o", "%L"]
@@ -162,15 +167,14 @@ def test_a_rank_that_is_killed_in_a_save_costs_that_save(user, two_ranks):
 
 
 @pytest.mark.full
-def test_a_task_of_packing_that_is_killed_is_done_again_alone(user, two_ranks):
-    run = user.submit(*NODES, TWO_RANKS, "data.seed=8")
-    tokenize = run / "logs" / f"tokenize-{jobs(run)['tokenize']}" / "0" / "rank0.log"
-    user.wait(tokenize.exists, run)
-    disturbed = Disturbed(run)
-    for pid in user.cluster.job_processes(rank=0):
-        os.kill(pid, signal.SIGKILL)
+def test_a_task_of_packing_that_is_killed_is_done_again_alone(user, two_ranks, profile):
+    run = user.submit(*NODES, TWO_RANKS, "data.seed=8", cluster=profile(pack={"tasks": 1}))
+    log = run / "logs" / f"pack-{jobs(run)['pack']}" / "0" / "rank0.log"
+    user.wait(log.exists, run)
+    task, disturbed = rank(user, 0), Disturbed(run)
+    os.kill(task, signal.SIGKILL)
     user.wait_for_end(run)
-    assert "FAILED" in user.state(jobs(run)["tokenize"])
+    assert "FAILED" in user.state(jobs(run)["pack"])
     assert "Killed" in user.alst("status", run.name)
     user.alst("resume", run.name)
     ends_well(user, run)
@@ -184,7 +188,7 @@ def test_a_server_for_mlflow_that_dies_and_comes_back_costs_nothing(user, two_ra
     (port,) = free_ports(1)
     with mlflow_server(tmp_path, port) as url:
         run = begun(user, "tracking.mlflow=true", cluster=profile(tracking_uri=url))
-        ranks = user.cluster.job_processes(rank=0) + user.cluster.job_processes(rank=1)
+        ranks = both(user)
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
     disturbed = Disturbed(run)
@@ -215,7 +219,7 @@ def test_a_disk_that_is_full_costs_what_could_not_be_saved(user, two_ranks, smal
     shutil.copytree(user.folder / "runs" / "packed", small_disk / "packed")
     run = user.submit(*NODES, TWO_RANKS, "checkpoint.every_steps=1", ALST_RUNS=str(small_disk))
     user.wait(lambda: len(losses(run)) >= STEPS, run)
-    ranks, ballast = user.cluster.job_processes(rank=0) + user.cluster.job_processes(rank=1), small_disk / "ballast"
+    ranks, ballast = both(user), small_disk / "ballast"
     with frozen(ranks):
         disturbed = Disturbed(run)
         with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
@@ -231,7 +235,7 @@ def test_a_disk_that_is_full_costs_what_could_not_be_saved(user, two_ranks, smal
 
 @pytest.mark.full
 def test_a_second_job_of_the_same_run_is_refused_and_the_first_is_left_in_peace(user, run, two_ranks):
-    ranks = user.cluster.job_processes(rank=0) + user.cluster.job_processes(rank=1)
+    ranks = both(user)
     variables = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     variables |= {"PYTHON": sys.executable, "PATH": user.cluster.environment["PATH"]}
     asked = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=100", "--gpus-per-node=1"]
@@ -274,3 +278,13 @@ def test_in_a_chain_the_next_job_goes_on_where_the_signal_ended_the_last(user, t
     assert "all 8 steps are done" in (run / "logs" / f"train-{third}" / "0" / "rank0.log").read_text()
     assert not (run / "slurm" / "requeues").exists()
     assert losses(run) == two_ranks
+
+
+@pytest.mark.full
+def test_ranks_that_reach_each_other_too_slowly_do_not_begin(user, profile):
+    run = user.submit(*NODES, TWO_RANKS, cluster=profile(train={"least_bus_gigabytes_per_second": 1e6}))
+    user.wait_for_end(run)
+    assert user.state(train_job(run)) == "FAILED"
+    status = user.alst("status", run.name)
+    assert re.search(r"the bus bandwidth of an all-reduce is \d+\.\d\d GB/s, and train\.least_bus_gig", status), status
+    assert losses(run) == []
