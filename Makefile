@@ -17,7 +17,7 @@ LOCK := containers/versions.lock
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-million plan train stage submit image cluster-up cluster-down
-.PHONY: test test-quick test-full test-gpu test-packages lint mlflow clean
+.PHONY: drills test test-quick test-full test-gpu test-packages lint mlflow clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -56,6 +56,10 @@ cluster-up: ## a throw-away Slurm cluster on this machine: four nodes, fake GPUs
 
 cluster-down: ## end it, and all that ran on it
 	@$(PYTHON) slurm/local_cluster.py down $(CLUSTER_DIR)
+
+drills: $(VENV)/.ready-dev test-packages ## disturb runs on a real Slurm; what that cost goes into docs/operations.md
+	ALST_DRILLS=docs/operations.md $(BIN)/python -m pytest -m "full or not full" tests/cluster/test_drills.py \
+		tests/cluster/test_submit.py::test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace
 
 test: $(VENV)/.ready-dev test-packages lint ## everything CI runs
 	$(BIN)/python -m pytest

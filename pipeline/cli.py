@@ -221,6 +221,9 @@ def submit(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Also if the plan says that it will not fit or end.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Each node reads its whole image before it starts.")] = False,
+    chain: Annotated[
+        int, typer.Option(min=1, help="Train jobs in a row, each to go on where time ended the last.")
+    ] = 1,
 ) -> None:
     """Pack and train on a Slurm cluster. Everything lands in one run folder."""
     from pipeline.launch.rehearsal import rehearsal_of, wait_lines
@@ -246,7 +249,7 @@ def submit(
         os.environ[VERIFY_IMAGE] = "1"
 
     profile = load_cluster(name)
-    run_dir = prepare(job, profile) if dry_run else submit_new(job, profile, force=force)
+    run_dir = prepare(job, profile) if dry_run else submit_new(job, profile, force=force, chain=chain)
     typer.echo(f"run folder: {run_dir.path}")
     if dry_run:
         for text in sorted(run_dir.slurm.glob("*.sbatch")):
@@ -283,6 +286,7 @@ def resume(
     if profile is None:
         check_one_node(job)
         run_dir.check_free()
+        run_dir.stop_switch.unlink(missing_ok=True)
         run_dir.write_plan(job)
         take_snapshot(run_dir)
         typer.echo(f"run folder: {run_dir.path}")
@@ -330,6 +334,28 @@ def cancel(run_folder: RunArgument) -> None:
 
     cancelled = cancel_jobs(find_run(run_folder, runs=runs_root()))
     typer.echo(f"cancelled: {', '.join(cancelled)}" if cancelled else "no job of it waits or runs")
+
+
+@app.command()
+def save(run_folder: RunArgument) -> None:
+    """Ask a run for a checkpoint after the step under way. The same is: touch RUN/save"""
+    from pipeline.launch.resume import find_run
+    from pipeline.plan.run_dir import runs_root
+
+    switch = find_run(run_folder, runs=runs_root()).save_switch
+    switch.touch()
+    typer.echo(f"{switch}: a checkpoint is saved after the step under way, and then this file is gone")
+
+
+@app.command()
+def stop(run_folder: RunArgument) -> None:
+    """Ask a run to end after the step under way, saved, until it is resumed. The same is: touch RUN/stop"""
+    from pipeline.launch.resume import find_run
+    from pipeline.plan.run_dir import runs_root
+
+    switch = find_run(run_folder, runs=runs_root()).stop_switch
+    switch.touch()
+    typer.echo(f"{switch}: while this file is there no step is begun; `alst resume {switch.parent.name}` goes on")
 
 
 @app.command()

@@ -18,8 +18,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ CPUS_PER_NODE = 16
 START_SECONDS = 120  # 3 on a free machine
 STOP_SECONDS = 15  # slurmctld saves its state, MariaDB closes its tables
 POLL_SECONDS = 0.05
+GRACE_SECONDS = 30  # that a preempted job has, from SIGTERM on
 SYSTEM_PATHS = ("/usr/sbin", "/sbin")
 """Where Debian keeps daemons; not on an ordinary user's PATH."""
 
@@ -150,6 +151,17 @@ class LocalCluster:
                 if mark in variables and in_job and asked and _state_of(int(folder.name)) != "Z":
                     found.append(int(folder.name))
         return found
+
+    @contextmanager
+    def without(self, node: str) -> Iterator[None]:
+        """Inside the block a node's slurmd does not run; what its jobs have started does."""
+        (daemon,) = [daemon for daemon in self._daemons if daemon.name == node]
+        _end(daemon)
+        self._daemons.remove(daemon)
+        try:
+            yield
+        finally:
+            self._start_daemon(node, ["slurmd", "-D", "-N", node])
 
     def ask(self, *command: str, timeout_seconds: float = 60) -> str:
         """What one of Slurm's commands prints; nothing if it fails."""
@@ -285,6 +297,7 @@ class LocalCluster:
                 munge=self._munge_socket,
                 me=_me(),
                 nodes=nodes,
+                grace=GRACE_SECONDS,
             )
         )
         for number in range(GPUS_PER_NODE):
@@ -369,8 +382,11 @@ AccountingStoreFlags=job_comment,job_env,job_script
 AccountingStorageEnforce=associations,limits,qos
 GresTypes=gpu
 {nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
-PartitionName=cpu Nodes=ALL Default=NO MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime={grace}
+PartitionName=cpu Nodes=ALL Default=NO MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1
+PartitionName=urgent Nodes=ALL Default=NO MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=2 PreemptMode=OFF
 """
 
 _NODE = (

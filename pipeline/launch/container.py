@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.launch.deadline import GRACE_SECONDS, JOB_END
 from pipeline.launch.entry import VERIFY_IMAGE, Stage
 from pipeline.plan.cluster import ClusterProfile, ContainerProfile
 from pipeline.plan.environment import Variable
@@ -42,6 +43,7 @@ LISTED: tuple[str, ...] = (
     "SLURM_CONF",
 )
 LISTED += ("MASTER_ADDR", "MASTER_PORT", "HF_HOME", "HF_HUB_CACHE", "ALST_RUNS", VERIFY_IMAGE, "APPTAINER_UNSQUASH")
+LISTED += (JOB_END, GRACE_SECONDS)
 """Variables that reach a task in a container, beside the job's table and Slurm's own."""
 
 UNPACK = (
@@ -83,7 +85,7 @@ def lines(profile: ClusterProfile) -> tuple[str, ...]:
     told = f"alst: container.image = {container.image}: not on every node of this job; copy it to a folder they share"
     return (
         f'srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 test -r {image} || '
-        f"{{ echo {shlex.quote(told)} >&2; exit 1; }}",
+        f"{{ launch_failed || echo {shlex.quote(told)} >&2; after_tasks 1; }}",
         *UNPACK,
     )
 

@@ -11,10 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from pipeline.errors import AlstError, UserError
-from pipeline.launch import stop
+from pipeline.errors import AlstError, RunError, UserError
+from pipeline.launch import deadline, stop
+from pipeline.launch.node_gate import unfitness
+from pipeline.launch.resume import is_done
+from pipeline.plan.hardware import GB
 from pipeline.plan.image import check_same
 from pipeline.plan.job import JobPlan, read_plan
+from pipeline.plan.queue import Queue
 from pipeline.plan.run_dir import RunDir
 
 Stage = Literal["pack", "tokenize", "plan", "write", "finish", "train", "check"]
@@ -25,6 +29,9 @@ LOGS = "ALST_LOGS"
 VERIFY_IMAGE = "ALST_VERIFY_IMAGE"
 """Set in a job that is to read its whole image before it starts."""
 
+LEAST_RATE = "ALST_LEAST_BUS_GIGABYTES_PER_SECOND"
+"""Set in a train job whose profile says how fast its ranks have to reach each other."""
+
 SLURM_RANK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 """torch's names of a rank's place, and Slurm's."""
 
@@ -32,20 +39,35 @@ SLURM_RANK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE
 def run_task(plan_path: str, stage: Stage, task: str = "0/1") -> None:
     """What a task of a submitted job runs: the stage, with its own log in the run folder, under Slurm's signals."""
     # submitit bypasses SIGTERM, and at USR2 rank 0 alone would save, somewhere in a step.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stage == "train":
         stop.listen()
     else:
-        signal.signal(stop.SIGNAL, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     take_rank_from_slurm()
     _write_log(RunDir(Path(plan_path).parent), stage)
     code = 0
     try:
         read_secrets()
+        if stage == "train" and not _starts(Path(plan_path)):
+            return
         run_stage(Path(plan_path), stage, task=task)
     except Exception as error:
         code = _told(error)
     sys.exit(code)
+
+
+def _starts(plan_path: Path) -> bool:
+    """Whether there is anything to train. On a node that is not fit for it, this process leaves."""
+    plan, run_dir = read_plan(plan_path), RunDir(plan_path.resolve().parent)
+    if is_done(plan, run_dir):
+        print(f"all {plan.recipe.train.steps} steps are done", flush=True)
+        return False
+    if os.environ["SLURM_LOCALID"] == "0" and (why := unfitness(plan)) is not None:
+        node = os.environ["SLURMD_NODENAME"]
+        run_dir.exclude(node, why)
+        _leave(run_dir, f"node {node} is not fit: {why}", True)
+    return True
 
 
 def run_stage(plan_path: Path, stage: Stage, *, task: str = "0/1") -> None:
@@ -93,10 +115,31 @@ def run_pack(plan: JobPlan, output: Path, *, stage: str = "all", task: str = "0/
 
 
 def _train(run: Callable[..., bool], plan: JobPlan, run_dir: RunDir) -> None:
-    """Train until the end, or until a signal; then Slurm is to start the job again."""
-    done = run(plan, run_dir, stop_asked=lambda: stop.asked() and plan.recipe.checkpoint is not None)
-    if not done and os.environ["RANK"] == "0":
-        stop.leave_mark(run_dir)
+    """Train until the end, or until Slurm is to start the job again."""
+    queue = Queue(
+        asked_to_requeue=stop.asked,
+        seconds_left=deadline.seconds_left,
+        terminated=lambda: stop.terminated_at() is not None,
+        least_bus_bytes_per_second=float(os.environ[LEAST_RATE]) * GB if LEAST_RATE in os.environ else None,
+        leave=partial(_leave, run_dir),
+    )
+    again = run(plan, run_dir, queue)
+    if again and os.environ["RANK"] == "0":
+        stop.leave_mark(run_dir, stop.reason())
+
+
+def _leave(run_dir: RunDir, why: str, again: bool) -> NoReturn:
+    """End this process, whatever its threads do; `again`: its job is to be started again."""
+    print(f"alst: {why}", file=sys.stderr)
+    if stop.terminated_at() is not None:
+        stop.leave_mark(run_dir, stop.PREEMPTED)
+    else:
+        _tell(why)
+        if again:
+            stop.leave_mark(run_dir, why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(stop.LEFT if again else RunError.exit_code)
 
 
 def _as_rank(work: Callable[[JobPlan, RunDir], None], plan: JobPlan, run_dir: RunDir) -> NoReturn:
@@ -119,11 +162,16 @@ def _told(error: BaseException) -> int:
     else:
         text, code = "".join(traceback.format_exception_only(error)).strip(), 1
         traceback.print_exception(error)
+    _tell(text)
+    return code
+
+
+def _tell(failure: str) -> None:
+    """In a job: among its start's failures."""
     if logs := os.environ.get(LOGS):
-        row = {"time": time.time(), "rank": _number(), "error": text}
+        row = {"time": time.time(), "rank": _number(), "error": failure}
         with (Path(logs) / "failures.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    return code
 
 
 def take_rank_from_slurm() -> None:

@@ -11,9 +11,8 @@ from typing import Literal
 from pipeline.launch.container import lines as container_lines
 from pipeline.launch.container import python_line
 from pipeline.launch.container import variables as container_variables
-from pipeline.launch.entry import Stage
-from pipeline.launch.stop import requeue_lines
-from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue
+from pipeline.launch.entry import LEAST_RATE, Stage
+from pipeline.plan.cluster import ClusterProfile, JobOptions, OptionValue, TrainOptions
 from pipeline.plan.environment import Variable, environment
 from pipeline.plan.estimate import estimate
 from pipeline.plan.hub_cache import hub_needs
@@ -21,6 +20,7 @@ from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
 
 MOST_SIGNAL_SECONDS = 65535  # that sbatch takes
+JOB_SHELL = "pipeline/launch/job.sh"
 CHECK_MINUTES = 10  # short jobs start sooner; most of it is the import of torch from a cold disk
 
 RENDEZVOUS = (
@@ -48,7 +48,7 @@ class JobRequest:
     """Lines of shell before the tasks start."""
     python: str
     """How a task starts Python; goes to the shell as it is."""
-    teardown: tuple[str, ...] = ()
+    teardown: tuple[str, ...]
     """Lines of shell when all tasks have ended; the first finds their exit code in `$?`."""
     signal_seconds: int = 90
     """Before its time limit it is told to stop."""
@@ -56,20 +56,27 @@ class JobRequest:
     """More than one is a job array: each of its jobs does task I of N of the stage."""
 
 
-def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[JobRequest, ...]:
+def jobs_of(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, *, chain: int = 1) -> tuple[JobRequest, ...]:
     """The jobs of a run, in order; each starts when the one before it has ended well.
 
-    A data set that is packed already is not packed again.
+    A data set that is packed already is not packed again. Of a `chain` each train job leaves what it cannot do in its
+    time to the next, and the last to itself.
     """
     packing = () if run_dir.is_packed(plan) else _pack_jobs(plan, profile, run_dir)
-    return (*packing, train_job(plan, profile, run_dir))
+    last = train_job(plan, profile, run_dir)
+    before = replace(last, setup=tuple(_followed(line) for line in last.setup))
+    return (*packing, *[before] * (chain - 1), last)
+
+
+def _followed(line: str) -> str:
+    return f"{line} next" if line.startswith("before_tasks ") else line
 
 
 def _pack_jobs(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> tuple[JobRequest, ...]:
     """All of packing as one job; or its stages, of which tokenize and write are arrays. The last write finishes."""
     tasks = profile.pack.tasks
     stages: dict[Stage, int] = {"pack": 1} if tasks == 1 else {"tokenize": tasks, "plan": 1, "write": tasks}
-    options = _options(profile.pack)
+    options = _options(profile.pack, run_dir)
     jobs = {
         stage: _job(stage, plan, profile, run_dir, profile.pack, nodes=1, tasks_per_node=1, options=options, lines=())
         for stage in stages
@@ -82,7 +89,7 @@ def train_job(
 ) -> JobRequest:
     """One task per GPU. `check` is a job of the same shape that only looks at the cluster."""
     tasks, gpus = plan.recipe.hardware.gpus_per_node, profile.train.gpus
-    options = _options(profile.train)
+    options = _options(profile.train, run_dir)
     if gpus is not None:
         number = f"{gpus.type}:{tasks}" if gpus.type else str(tasks)
         options[gpus.option] = f"gpu:{number}" if gpus.option == "gres" else number
@@ -90,7 +97,7 @@ def train_job(
         stage, plan, profile, run_dir, profile.train,
         nodes=plan.nodes, tasks_per_node=tasks, options=options, lines=RENDEZVOUS,
     )  # fmt: skip
-    job = replace(job, teardown=requeue_lines(run_dir), signal_seconds=_signal_seconds(plan, run_dir, job))
+    job = replace(job, signal_seconds=_signal_seconds(plan, run_dir, job))
     return job if stage == "train" else replace(job, time_minutes=min(CHECK_MINUTES, job.time_minutes))
 
 
@@ -98,7 +105,7 @@ def _signal_seconds(plan: JobPlan, run_dir: RunDir, job: JobRequest) -> int:
     """Time for the step that is under way and a save, by the plan and a third more; at most half of the job's."""
     foreseen = estimate(plan, packed=run_dir.packed(plan))
     if foreseen.seconds is None:
-        return job.signal_seconds
+        return min(job.signal_seconds, 60 * job.time_minutes // 2)
     needed = ceil(4 / 3 * (foreseen.seconds.total + (foreseen.checkpoint_seconds or 0.0)))
     return max(job.signal_seconds, min(needed, 60 * job.time_minutes // 2, MOST_SIGNAL_SECONDS))
 
@@ -123,19 +130,24 @@ def _job(
         cpus_per_task=asked.cpus_per_task,
         time_minutes=asked.time_minutes,
         options=options,
-        setup=(*_setup(profile), *_exports(job_environment(plan, profile, run_dir, asked)), *lines),
+        setup=(
+            *_setup(profile, run_dir, asked),
+            *_exports(job_environment(plan, profile, run_dir, asked)),
+            *lines,
+        ),
         python=python_line(plan, profile, run_dir, stage),
+        teardown=('after_tasks "$?"',),
     )
 
 
-def _options(asked: JobOptions) -> dict[str, OptionValue]:
+def _options(asked: JobOptions, run_dir: RunDir) -> dict[str, OptionValue]:
     named = {
         "partition": asked.partition,
         "account": asked.account,
         "qos": asked.qos,
         "reservation": asked.reservation,
         "mem": asked.mem,
-        "exclude": ",".join(asked.exclude) or None,
+        "exclude": ",".join(dict.fromkeys((*asked.exclude, *run_dir.excluded_nodes()))) or None,
     }
     options: dict[str, OptionValue] = {name: value for name, value in named.items() if value is not None}
     options["requeue"] = True  # a node that fails costs the steps since the last checkpoint, and no person's time
@@ -156,14 +168,18 @@ def job_environment(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir, ask
     if hub_needs(plan.recipe):
         cache = str(profile.hub_cache())
         table.append(Variable("HF_HUB_CACHE", cache, "where `alst stage` put model, tokenizer and data"))
+    if isinstance(asked, TrainOptions) and (least := asked.least_bus_gigabytes_per_second) is not None:
+        table.append(Variable(LEAST_RATE, str(least), "a slow link would cost every step; better not to begin"))
     if profile.secrets is not None:
         table.append(Variable("ALST_SECRETS", profile.secrets, "each task reads this file itself"))
     table += container_variables(profile, tuple(table))
     return tuple({variable.name: variable for variable in table}.values())
 
 
-def _setup(profile: ClusterProfile) -> list[str]:
+def _setup(profile: ClusterProfile, run_dir: RunDir, asked: JobOptions) -> list[str]:
     lines = [f"umask {profile.umask}"] if profile.umask else []
+    lines.append(f"source {shlex.quote(str(run_dir.code / JOB_SHELL))}")
+    lines.append(f"before_tasks {shlex.quote(str(run_dir.path))} {asked.requeues}")
     if profile.modules:
         lines.append("type module &> /dev/null || source /etc/profile  # a job's shell is no login shell")
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import DataError, UserError
-from pipeline.plan.checkpoint_dir import damage, read_checkpoint, step_folders
+from pipeline.plan.checkpoint_dir import damage, folder_name, read_checkpoint, step_folders
 from pipeline.plan.job import JobPlan, plan_job, read_plan
 from pipeline.plan.resumable import check_resumable
 from pipeline.plan.run_dir import RunDir
@@ -72,6 +72,12 @@ def check_can_go_on(plan: JobPlan, run_dir: RunDir) -> None:
             )
         check_resumable(checkpoint, plan)
         return
+
+
+def is_done(plan: JobPlan, run_dir: RunDir) -> bool:
+    """Whether a checkpoint of the last step is there; damage is for the ranks to find."""
+    newest = next(iter(step_folders(run_dir.checkpoints)), None)
+    return newest is not None and newest.name == folder_name(plan.recipe.train.steps)
 
 
 def find_run(name: str, *, runs: Path) -> RunDir:

@@ -41,6 +41,8 @@ def _failure_lines(state: JobState, run_dir: RunDir) -> Iterator[str]:
 def _job_line(state: JobState) -> str:
     detail = f" ({state.detail})" if state.detail else ""
     again = f", restarted {state.restarts} x" if state.restarts else ""
+    if state.requeued_for:
+        again += f", last because: {state.requeued_for}"
     return f"{state.job.stage:<6} job {state.job.id}: {state.state}{detail}{again}"
 
 
@@ -51,5 +53,5 @@ def _step_line(row: dict[str, Any], steps: int, states: list[JobState]) -> str:
     if left is None:
         return done
     needed = round((steps - row["step"]) * row["step_seconds"])
-    fits = "" if needed <= left else ": it will not end in this job; `alst resume` goes on"
+    fits = "" if needed <= left else ": it will not end in this job, and goes on in another start"
     return f"{done}  ETA {timedelta(seconds=needed)} of {timedelta(seconds=left)} left{fits}"

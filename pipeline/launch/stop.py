@@ -1,48 +1,78 @@
-"""A signal stops a job between two steps, and the batch script, which alone can, puts it back into the queue.
+"""Signals to a train job: noted at once, acted upon between two steps; or the process leaves, where no step can end.
 
-Python only notes the signal here; the ranks agree on it at the end of a step, save, and leave a mark in the run folder.
+USR2 comes before the time limit, from whoever says `scancel --signal=USR2 JOB`, and at preemption where the cluster is
+set so; TERM at preemption, from `scancel`, and when another rank has failed. What becomes of the job then is decided
+outside, by `job.sh`: Python only leaves a mark that says why it wants to be started again.
 Under proctrack/linuxproc a process in a container is signalled twice, by Slurm and by Apptainer; once is told.
 """
 
 import os
-import shlex
 import signal
+import threading
 import time
 from types import FrameType
 
 from pipeline.plan.run_dir import RunDir
 
-SIGNAL = signal.SIGUSR2
-"""What submitit asks Slurm to send before the time limit; and anyone may: `scancel --signal=USR2 JOB`."""
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
-_asked_at: list[float] = []
-"""When this process was first asked to stop; Unix seconds."""
+LEFT = 75
+"""Exit code of a process that left its work to a later start: EX_TEMPFAIL of sysexits.h."""
+
+PREEMPTED = "preempted"
+"""What a mark says after SIGTERM. It may mean something else, so `job.sh` asks Slurm whether it is true."""
+
+_first: dict[signal.Signals, float] = {}
+"""When each signal first came; Unix seconds."""
 
 
 def listen() -> None:
-    """From here on the signal is noted. First of all in a process: until then it ends it."""
-    signal.signal(SIGNAL, _note)
+    """From here on signals are noted. First of all in a process: until then they end it.
+
+    A thread hears of them too: Python's own handler waits for the main thread, and that may wait for a GPU for hours.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, _handle)
+    threading.Thread(target=_hear, args=(reader,), name="signals", daemon=True).start()
 
 
 def asked() -> bool:
-    return bool(_asked_at)
+    return bool(_first)
 
 
-def leave_mark(run_dir: RunDir) -> None:
-    """For the batch script, which waits outside for the tasks to end."""
-    run_dir.requeue_mark(os.environ.get("SLURM_JOB_ID", "local")).touch()
+def terminated_at() -> float | None:
+    """When SIGTERM came; Unix seconds."""
+    return _first.get(signal.SIGTERM)
 
 
-def requeue_lines(run_dir: RunDir) -> tuple[str, ...]:
-    """Of the batch script, behind its tasks, whose exit code stays the job's. There is no scontrol in a container."""
-    mark = shlex.quote(str(run_dir.requeue_mark(""))) + '"$SLURM_JOB_ID"'
-    again = f'rm {mark}; scontrol requeue "$SLURM_JOB_ID" || code=1'  # a job that cannot go on has failed
-    return ("code=$?", f"if [ -e {mark} ]; then {again}; fi", 'exit "$code"')
+def reason() -> str:
+    """Why the job wants to be started again."""
+    if terminated_at() is not None:
+        return PREEMPTED
+    return "asked to stop by SIGUSR2" if asked() else "the next step could not have ended before the job"
 
 
-def _note(number: int, _: FrameType | None) -> None:
-    if not _asked_at:
-        _asked_at.append(time.time())
-        os.write(
-            1, f"asked to stop by {signal.Signals(number).name}: after this step, if checkpoints are saved\n".encode()
-        )
+def leave_mark(run_dir: RunDir, why: str) -> None:
+    """For the batch script, which waits outside for the tasks to end; nobody does where there is no Slurm."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        run_dir.requeue_mark(job).write_text(f"{why}\n", encoding="utf-8")
+
+
+def _handle(number: int, _: FrameType | None) -> None:
+    _note(signal.Signals(number))
+
+
+def _hear(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in SIGNALS:
+                _note(signal.Signals(number))
+
+
+def _note(number: signal.Signals) -> None:
+    now = time.time()
+    if _first.setdefault(number, now) is now:  # atomic: both the handler and the thread come here
+        os.write(1, f"asked to stop by {number.name}: after this step, if checkpoints are saved\n".encode())

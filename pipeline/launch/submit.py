@@ -55,8 +55,9 @@ class _Executor(SlurmExecutor):
         return text
 
 
-def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False) -> RunDir:
-    """A new run, in Slurm's queue; with `force` also if it is foreseen not to fit, or not to end a step.
+def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False, chain: int = 1) -> RunDir:
+    """A new run, in Slurm's queue, with a `chain` of train jobs; with `force` also if it is foreseen not to fit, or not
+    to end a step.
 
     Raises UserError before anything is there, and then leaves no folder.
     """
@@ -66,7 +67,7 @@ def submit_new(plan: JobPlan, profile: ClusterProfile, *, force: bool = False) -
     plan = with_image(plan, profile)
     run_dir = prepare(plan, profile)
     try:
-        submit(jobs_of(plan, profile, run_dir), run_dir)
+        submit(jobs_of(plan, profile, run_dir, chain=chain), run_dir)
     except AlstError:
         shutil.rmtree(run_dir.path)
         raise
@@ -79,6 +80,7 @@ def submit_again(plan: JobPlan, profile: ClusterProfile, run_dir: RunDir) -> lis
     plan = with_image(plan, profile)
     jobs = jobs_of(plan, profile, run_dir)
     check_accepted(jobs, run_dir)  # before the folder is changed
+    run_dir.stop_switch.unlink(missing_ok=True)
     run_dir.write_plan(plan)
     write_texts(jobs, profile, run_dir)
     return submit(jobs, run_dir)

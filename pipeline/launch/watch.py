@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ TASK_ENDED = re.compile(r"^srun: error: .*: tasks? [\d,\s-]+: (.*)$", re.MULTILI
 """srun's words on a task that did not end well: `srun: error: node1: task 3: Killed`, in the order it hears of them."""
 BY_ITSELF = "Exited with exit code"
 START_OVER = re.compile(r"DUE TO (JOB REQUEUE|NODE FAILURE|PREEMPTION)")
+BATCH_SAID = re.compile(r"^alst: (.*)$", re.MULTILINE)
+"""Words of the batch script itself: why it does not start the job again."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class JobState:
     seconds_left: int | None
     """Until its time limit, while it runs."""
     restarts: int
+    requeued_for: str = ""
+    """Why the batch script last put it back into the queue; nothing if it has not."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def job_states(run_dir: RunDir) -> list[JobState]:
     if shutil.which("squeue") is None:
         raise UserError("squeue: not on the PATH; ask on a login node of the cluster the run was submitted to")
     queued, ended = _queued(jobs), _ended(jobs)
-    return [_state(job, queued, ended, run_dir) for job in jobs]
+    return [replace(_state(job, queued, ended, run_dir), requeued_for=_reason(job, run_dir)) for job in jobs]
 
 
 def check_not_queued(run_dir: RunDir) -> None:
@@ -104,6 +108,8 @@ def first_failure(run_dir: RunDir, job: SubmittedJob) -> Failure | None:
     """
     for srun in (run_dir.slurm / f"{job.id}_0_log.err", *sorted(run_dir.slurm.glob(f"{job.id}_*_0_log.err"))):
         said = START_OVER.split(srun.read_text(errors="replace"))[-1] if srun.is_file() else ""
+        if batch := BATCH_SAID.search(said):
+            return Failure(srun, batch[1])
         ended = TASK_ENDED.search(said)
         if ended is not None and not ended[1].startswith(BY_ITSELF):
             return Failure(srun, ended[0].removeprefix("srun: error: "))
@@ -192,6 +198,13 @@ def _state(job: SubmittedJob, queued: dict[str, list[str]], ended: dict[str, lis
         )
     why = "the accounting does not know it" if shutil.which("sacct") else "sacct is not on the PATH: install it"
     return JobState(job, "UNKNOWN", f"it has left the queue, and {why}; see logs/ and slurm/", False, None, restarts)
+
+
+def _reason(job: SubmittedJob, run_dir: RunDir) -> str:
+    """Why the job, or one of its array, was last put back into the queue."""
+    rows = run_dir.requeues.read_text(encoding="utf-8").splitlines() if run_dir.requeues.is_file() else []
+    found = [re.search(rf" job {job.id}(_\d+)?: (.*)$", row) for row in rows]
+    return next((match[2] for match in reversed(found) if match is not None), "")
 
 
 def _queued(jobs: list[SubmittedJob]) -> dict[str, list[str]]:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-
-COLLECTIVE_TIMEOUT = timedelta(hours=12)
-"""A healthy step can last hours, which torch's ten minutes would end. A rank that dies is noticed by the launcher."""
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,23 @@ class Mesh:
         return self.rank // self.sp
 
 
-def create_mesh(sp: int) -> Mesh:
-    """The mesh over the initialised process group. Collective: every rank calls it, in the same order."""
+def create_mesh(sp: int, *, timeout: timedelta | None = None) -> Mesh:
+    """The mesh over the initialised process group. Collective: every rank calls it, in the same order.
+
+    `timeout` of its own collectives; None is torch's ten minutes.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     own: dist.ProcessGroup | None = None
     if sp > 1:
         for first in range(0, world_size, sp):
-            group = dist.new_group(list(range(first, first + sp)), timeout=COLLECTIVE_TIMEOUT)
+            group = dist.new_group(list(range(first, first + sp)), timeout=timeout)
             if first <= rank < first + sp:
                 own = group
     return Mesh(rank=rank, world_size=world_size, sp=sp, sp_group=own)
+
+
+def limit_collectives(mesh: Mesh, timeout: timedelta) -> None:
+    """From here on a collective that takes longer ends its process with an error."""
+    _set_pg_timeout(timeout)
+    if mesh.sp_group is not None:
+        _set_pg_timeout(timeout, mesh.sp_group)

@@ -16,7 +16,7 @@ from pipeline.plan.hub_cache import hub_cache
 from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.findings import findings
 from pipeline.recipe.load import read_yaml
-from pipeline.recipe.schema import Count, Gpu, Section
+from pipeline.recipe.schema import Count, Gpu, NonNegative, Section
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
@@ -79,6 +79,8 @@ class JobOptions(Section):
     """Per node, as sbatch takes it: `200G`; `0` is all of the node."""
     exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Nodes not to run on."""
+    requeues: NonNegative = 100
+    """How often a job may be started again: after a signal, a preemption, a failed node or launch, a stall."""
     extra: dict[str, OptionValue] = Field(default_factory=dict)
     """Any other option of sbatch: `constraint: ib`; true for one without a value."""
 
@@ -121,6 +123,8 @@ class TrainOptions(JobOptions):
 
     gpus: GpuRequest | None = GpuRequest()
     """null asks for none: nodes that are given out whole, and nodes without GPUs."""
+    least_bus_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Of an all-reduce over all ranks, before the model is built; less ends the job. null: not looked at."""
 
 
 class ClusterHardware(Section):

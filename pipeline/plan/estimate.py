@@ -67,6 +67,20 @@ class Estimate:
         return start_seconds(self.plan) + self.seconds.total + (self.checkpoint_seconds or 0.0)
 
     @property
+    def lost_steps(self) -> float:
+        """By a failure, or a preemption in which no step can end, on average: half of those between two saves."""
+        checkpoint = self.plan.recipe.checkpoint
+        every = None if checkpoint is None else checkpoint.every_steps
+        return min(every or self.plan.recipe.train.steps, self.plan.recipe.train.steps) / 2
+
+    @property
+    def lost_seconds(self) -> float | None:
+        """The same in time, with the save that was under way and another start."""
+        if self.seconds is None:
+            return None
+        return self.lost_steps * self.seconds.total + (self.checkpoint_seconds or 0.0) + start_seconds(self.plan)
+
+    @property
     def steps_per_time_limit(self) -> int | None:
         """Whole steps that a job does before its limit, with a save at its end."""
         if self.seconds is None or self.time_limit_seconds is None:
@@ -110,6 +124,7 @@ class Estimate:
             "hfu": self.hfu,
             "checkpoint_seconds": self.checkpoint_seconds,
             "steps_per_time_limit": self.steps_per_time_limit,
+            "lost_by_a_failure": {"steps": self.lost_steps, "seconds": self.lost_seconds},
             "fits": load.fits,
             "binding": load.binding,
             "advice": [change.to_json() for change in advice],

@@ -126,6 +126,26 @@ class RunDir:
         """There when the tasks of a job have stopped with steps left: it is to be started again."""
         return self.slurm / f"requeue-{job}"
 
+    @property
+    def requeues(self) -> Path:
+        """A line for every time that a job's batch script put it back into the queue: when, which job, why."""
+        return self.slurm / "requeues"
+
+    @property
+    def excluded(self) -> Path:
+        """Nodes that jobs of this run are not to use again: `name when why` in each line. Remove one to allow it."""
+        return self.slurm / "excluded"
+
+    def excluded_nodes(self) -> list[str]:
+        """The nodes of `excluded`, each once."""
+        rows = self.excluded.read_text(encoding="utf-8").splitlines() if self.excluded.is_file() else []
+        return list(dict.fromkeys(row.split()[0] for row in rows if row.strip()))
+
+    def exclude(self, node: str, why: str) -> None:
+        """No later job of this run is to get the node."""
+        with self.excluded.open("a", encoding="utf-8") as file:
+            file.write(f"{node} {time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
+
     def is_packed(self, plan: JobPlan) -> bool:
         """Whether the packed data set is complete: its manifest is written last."""
         return (self.packed(plan) / "manifest.json").is_file()
@@ -142,6 +162,25 @@ class RunDir:
     @property
     def lock(self) -> Path:
         return self.path / "lock"
+
+    @property
+    def save_switch(self) -> Path:
+        """While it is there, a checkpoint is wanted after the step; taken away once that is under way."""
+        return self.path / "save"
+
+    @property
+    def stop_switch(self) -> Path:
+        """While it is there, no step is begun; `alst resume` takes it away."""
+        return self.path / "stop"
+
+    @property
+    def heartbeats(self) -> Path:
+        """How far each rank is, as it wrote last: `rank<k>.json`."""
+        return self.path / "heartbeats"
+
+    def stacks(self, *, job: str, restart: int) -> Path:
+        """Of the ranks of a start that stalled: `rank<k>.txt`."""
+        return self.path / "stalls" / f"{job}-{restart}"
 
     def nan_record(self, step: int) -> Path:
         """What is known of a step, counted from 1, whose loss or gradient was not finite."""

@@ -142,6 +142,7 @@ def _outcome(estimate: Estimate) -> list[tuple[str, str]]:
         rows.append(("MFU, HFU", f"{estimate.mfu:.1%} of the bf16 peak, {estimate.hfu:.1%} with what is recomputed"))
     if estimate.checkpoint_seconds is not None:
         rows.append(("checkpoint", f"{estimate.checkpoint_seconds:,.0f} s to write"))
+    rows.append(("a failure costs", _lost(estimate)))
     if estimate.steps_per_time_limit is not None:
         rows.append(("time limit", f"{estimate.steps_per_time_limit:,} steps in {_clock(estimate.time_limit_seconds)}"))
     if load.hardware.memory_bytes is not None:
@@ -151,6 +152,14 @@ def _outcome(estimate: Estimate) -> list[tuple[str, str]]:
         rows.append(("positions", f"the model was made for {limit:,}; longer ones need a rope scaling to be of use"))
     rows.append(("verdict", _verdict(estimate)))
     return rows
+
+
+def _lost(estimate: Estimate) -> str:
+    checkpoint, steps = estimate.plan.recipe.checkpoint, estimate.lost_steps
+    every = None if checkpoint is None else checkpoint.every_steps
+    saves = "nothing is saved" if checkpoint is None else f"saved every {every:,}" if every else "saved at the end"
+    seconds = "" if estimate.lost_seconds is None else f"; {_clock(estimate.lost_seconds)} with the next start"
+    return f"{steps:,.1f} steps on average ({saves}){seconds}"
 
 
 def _verdict(estimate: Estimate) -> str:

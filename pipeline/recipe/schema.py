@@ -383,6 +383,8 @@ class TrainRecipe(Section):
     seed: NonNegative
     deterministic: bool
     """The same bits from the same start; kernels that cannot promise it are refused."""
+    stall_seconds: Annotated[float, Field(gt=0)] | Auto | None
+    """Without a sign of life from any rank, after which the job is ended and started again; null never."""
     self_check: SelfCheck | None
 
 

@@ -90,14 +90,20 @@ class Checkpointer:
         """Why the last checkpoint that was wanted is not on disk; the same on every rank."""
         self._news: list[Saved | str] = []
         self._size_bytes = _expected_bytes(trainee)
+        self._longest_seconds = 0.0
 
-    def due(self, step: int, *, stopping: bool = False) -> bool:
-        """Whether a checkpoint is wanted after `step` steps; as the last for now if `stopping`."""
+    @property
+    def longest_seconds(self) -> float:
+        """Of a save so far, from the request until it was whole; known to rank 0."""
+        return self._longest_seconds
+
+    def due(self, step: int, *, asked: bool = False) -> bool:
+        """Whether a checkpoint is wanted after `step` steps: by the recipe, or because it is `asked` for."""
         recipe = self._trainee.plan.recipe
         if recipe.checkpoint is None or step == self._saved_step:
             return False
         every = recipe.checkpoint.every_steps
-        return stopping or step == recipe.train.steps or (every is not None and step % every == 0)
+        return asked or step == recipe.train.steps or (every is not None and step % every == 0)
 
     def save(self, cursor: Cursor) -> float:
         """Save the state after `cursor.step` steps. Returns the seconds for which training waited.
@@ -200,6 +206,7 @@ class Checkpointer:
         self._size_bytes = size
         self._prune()
         seconds = time.monotonic() - save.began
+        self._longest_seconds = max(self._longest_seconds, seconds)
         self._news.append(Saved(str(save.target), save.record.step, size, save.stall_seconds, seconds, digest))
 
     def _wait_for_parts(self, save: _Save) -> list[SavedFile]:

@@ -5,27 +5,27 @@ all of them, and every stage divides gradients by world_size, which `loss_scale`
 """
 
 import logging
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 from transformers import PreTrainedModel
 
 from pipeline.memory.apply import Attached
-from pipeline.parallel.mesh import COLLECTIVE_TIMEOUT
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.schema import Gpu, Recipe
 from pipeline.train.optimizer import create_optimizer
 
 
-def init_distributed(plan: JobPlan) -> None:
-    """Start the process group of this rank, from torch's environment variables."""
+def init_distributed(plan: JobPlan, *, timeout: timedelta | None = None) -> None:
+    """Start the process group of this rank, from torch's environment variables; None is torch's own timeout."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if plan.recipe.hardware.gpu is Gpu.CPU:
         # An all-reduce for inference on one host, which training never calls: without it no compiler is needed, and
         # the first start is not a minute longer. The table is DeepSpeed's own record of which operators can be built.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if plan.recipe.hardware.gpu is Gpu.CPU else "nccl"
-    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
 
 
 def create_engine(model: PreTrainedModel, plan: JobPlan, attached: Attached, *, load_universal: bool = False) -> Any:

@@ -1,7 +1,7 @@
 """The loop: step after step, each recorded."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,17 @@ from pipeline.metrics.console import ProgressLine, size, warn
 from pipeline.metrics.meter import StepRecord
 from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.tracker import Tracker
+from pipeline.parallel.mesh import limit_collectives
+from pipeline.plan.patience import Patience
+from pipeline.plan.queue import Request
 from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.evaluate import HeldOut, evaluate, is_due
 from pipeline.train.guard import Guard
+from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.recorder import Recorder
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import Trainee, model_inputs, run_step
+from pipeline.train.stopping import Stopping
 from pipeline.train.token_losses import TokenLosses
 
 
@@ -32,11 +37,14 @@ class Reporting:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who looks at a step once it is done."""
+    """Who looks at a step, and what it is to be followed by."""
 
     guard: Guard
     spikes: SpikeDetector
     held_out: HeldOut | None
+    stopping: Stopping
+    heartbeat: Heartbeat
+    patience: Patience
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,8 @@ class Outcome:
 
     peak_host_rss_bytes: tuple[int, ...]
     """By rank."""
-    stopped: bool
-    """It was asked to, and steps are left."""
+    ended_by: Request
+    """NOTHING if all steps are done."""
 
 
 def train(
@@ -56,24 +64,26 @@ def train(
     watch: Watch,
     checkpointer: Checkpointer,
     reporting: Reporting,
-    stop_asked: Callable[[], bool],
 ) -> Outcome:
-    """Run every step of `loader`, and save when it is due; or until the step after which some rank was asked to stop.
+    """Run every step of `loader`, and save when it is due; or until the step after which some rank is to stop.
 
-    Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite.
+    Raises NotFiniteError, on every rank, at the first step whose loss or gradient is not finite; UserError before the
+    first step, if none can end in this job's time.
     """
     recorder = Recorder(trainee, loader, attached, reporting.tracker.clock)
     timer = recorder.timer
     peaks: tuple[int, ...] = ()
     iterator = iter(loader)
-    stopped = False
-    while not stopped:
+    ended_by = _stop(watch.stopping.at_start(trainee.device))
+    while not ended_by:
+        watch.heartbeat.beat("data")
         with timer.phase("data"):
             batch = next(iterator, None)
             if batch is None:
                 break
             losses = recorder.token_losses()
             micro_batches = [_inputs(micro_batch, trainee, loader, losses) for micro_batch in batch.micro_batches]
+        watch.heartbeat.step = batch.step + 1
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(
             trainee,
@@ -81,7 +91,7 @@ def train(
             valid_tokens=batch.valid_tokens,
             learning_rate=rate,
             timer=timer,
-            stop_asked=stop_asked,
+            asked=watch.stopping.after_step,
             measure=partial(recorder.measure, losses),
         )
         watch.guard.check(batch, result)
@@ -90,15 +100,27 @@ def train(
         reporting.tracker.log_step(record)
         if reporting.progress is not None:
             reporting.progress.step(record)
-        stopped = result.stop_asked and batch.step + 1 < trainee.plan.recipe.train.steps
-        if checkpointer.due(batch.step + 1, stopping=stopped):
+        if batch.step + 1 < trainee.plan.recipe.train.steps:
+            ended_by = _stop(result.request)
+        if checkpointer.due(batch.step + 1, asked=result.request >= Request.SAVE):
+            watch.heartbeat.beat("save")
             checkpointer.save(loader.cursor(batch.step + 1))
+        if result.request >= Request.SAVE:
+            watch.stopping.saved()
         _tell(checkpointer, reporting)
+        patience = watch.patience.collective_seconds(watch.stopping.longest_seconds)
+        limit_collectives(trainee.mesh, timedelta(seconds=patience))
+    watch.heartbeat.beat("last save")
     try:
         checkpointer.finish()
     finally:
         _tell(checkpointer, reporting)
-    return Outcome(peaks, stopped)
+    return Outcome(peaks, ended_by)
+
+
+def _stop(request: Request) -> Request:
+    """The request if it ends training."""
+    return request if request >= Request.REQUEUE else Request.NOTHING
 
 
 def _tell(checkpointer: Checkpointer, reporting: Reporting) -> None:

@@ -5,7 +5,7 @@ Runs in every rank; started by `launch.local` or by a job, through `launch.entry
 
 import os
 import socket
-from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ from pipeline.metrics.summary import print_summary, summarize
 from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
 from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh
+from pipeline.plan.estimate import estimate
 from pipeline.plan.job import JobPlan
+from pipeline.plan.patience import patience_of
+from pipeline.plan.queue import Queue, Request
 from pipeline.plan.run_dir import RunDir
 from pipeline.plan.savings import savings_lines
 from pipeline.plan.seen import figures
@@ -43,17 +46,21 @@ from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.evaluate import HeldOut, open_held_out
+from pipeline.train.fabric import check_rate
 from pipeline.train.guard import Guard, NotFiniteError
+from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.loop import Outcome, Reporting, Watch, train
 from pipeline.train.resume import Resume, find_resume, load
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
+from pipeline.train.stopping import Stopping
+from pipeline.train.watchdog import Watchdog
 
 
-def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda: False) -> bool:
-    """Train as planned, from the newest checkpoint if there is one; whether all steps are done.
+def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
+    """Train as planned, from the newest checkpoint if there is one; whether the job is to be started again.
 
-    When `stop_asked` says so on any rank, the step is the last for now. Collective over the ranks of torch's variables.
+    What `queue` asks for on any rank, all do after the step. Collective over the ranks of torch's variables.
     """
     dataset = PackedDataset.open(run_dir.packed(plan))
     held_out = open_held_out(plan, dataset)
@@ -64,9 +71,13 @@ def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda:
     attention = _attention(plan, config, device)
     if os.environ["RANK"] == "0":
         run_dir.hold()
-    init_distributed(plan)
+    patience = patience_of(plan, packed=run_dir.packed(plan))
+    timeout = timedelta(seconds=patience.collective_seconds(None))
+    init_distributed(plan, timeout=timeout)
     _check_same_kernel(attention)
-    mesh = create_mesh(plan.sp)
+    mesh = create_mesh(plan.sp, timeout=timeout)
+    if queue.least_bus_bytes_per_second is not None:
+        check_rate(device, queue.least_bus_bytes_per_second)
     resume = find_resume(plan, run_dir, mesh)
     register()
     model = build_model(
@@ -83,18 +94,24 @@ def run(plan: JobPlan, run_dir: RunDir, stop_asked: Callable[[], bool] = lambda:
         _say(mesh, _resumed(resume, plan))
     checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir))
     guard = Guard(trainee, dataset, run_dir, lambda step: checkpointer.save_aside(loader.cursor(step - 1)))
-    watch = Watch(guard, SpikeDetector(_losses_before(run_dir.metrics, loader.start)), held_out)
+    before = _steps_before(run_dir.metrics, loader.start)
+    alike = before if resume is not None and not resume.universal else []  # other ranks took another time
+    stopping = _stopping(queue, plan, run_dir, checkpointer, alike, rank=mesh.rank)
+    heartbeat = Heartbeat()
+    heartbeat.attach(engine.module)
+    spikes = SpikeDetector([row["loss"] for row in before if row["loss"] is not None])
+    watch = Watch(guard, spikes, held_out, stopping, heartbeat, patience)
     tracker = _tracker(plan, run_dir, mesh, dataset, resume)
-    outcome = _train(trainee, loader, attached, watch, checkpointer, tracker, run_dir, stop_asked)
-    peaks = enumerate(outcome.peak_host_rss_bytes)
-    _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in peaks))
-    _say(mesh, "\n".join(savings_lines(plan, peak_bytes=peak_device_bytes() or max(outcome.peak_host_rss_bytes))))
-    if outcome.stopped:
-        _say(mesh, "stopped as asked; what is done is saved")
+    with Watchdog(heartbeat, patience, stopping, queue, run_dir, rank=mesh.rank).watching():
+        outcome = _train(trainee, loader, attached, watch, checkpointer, tracker, run_dir)
+    if outcome.peak_host_rss_bytes:
+        _tell_memory(plan, outcome, mesh)
+    if outcome.ended_by:
+        _say(mesh, _stopped(outcome, plan))
     elif mesh.rank == 0:
         _summary(plan, run_dir, dataset, tracker)
     dist.barrier()  # the process ends hard after this: no rank may leave while another still needs it
-    return not outcome.stopped
+    return outcome.ended_by is Request.REQUEUE
 
 
 def _train(
@@ -105,24 +122,23 @@ def _train(
     checkpointer: Checkpointer,
     tracker: Tracker,
     run_dir: RunDir,
-    stop_asked: Callable[[], bool],
 ) -> Outcome:
     """`train`, with what was recorded plotted and the tracker closed, however it ends."""
     mesh = trainee.mesh
     status: RunStatus = "FAILED"
     failed: NotFiniteError | NotSavedError | None = None
-    outcome = Outcome((), stopped=False)
+    outcome = Outcome((), Request.NOTHING)
     try:
         with ProgressLine(trainee.plan.recipe.train.steps) as progress:
             reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
-            outcome = train(trainee, loader, attached, watch, checkpointer, reporting, stop_asked)
-        status = "KILLED" if outcome.stopped else "FINISHED"
+            outcome = train(trainee, loader, attached, watch, checkpointer, reporting)
+        status = "KILLED" if outcome.ended_by else "FINISHED"
     except (NotFiniteError, NotSavedError) as error:
         failed = error
     finally:
         tracker.log_end(status)
         _show(trainee.plan, run_dir, mesh)
-        tracker.close(stopped=outcome.stopped)
+        tracker.close(stopped=bool(outcome.ended_by))
     if failed is not None:
         dist.barrier()  # every rank comes here; the first to leave would end rank 0 before its last words are written
         raise failed
@@ -141,6 +157,13 @@ def _tell_start(
     _say(mesh, _first_sample(dataset, loader))
     if held_out is not None:
         _say(mesh, f"held out: {len(held_out.samples):,} samples with {held_out.valid_tokens:,} labels")
+
+
+def _tell_memory(plan: JobPlan, outcome: Outcome, mesh: Mesh) -> None:
+    """What the steps took, and what each feature saves of it."""
+    peaks = enumerate(outcome.peak_host_rss_bytes)
+    _say(mesh, "peak RSS per process: " + ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in peaks))
+    _say(mesh, "\n".join(savings_lines(plan, peak_bytes=peak_device_bytes() or max(outcome.peak_host_rss_bytes))))
 
 
 def _device(plan: JobPlan) -> torch.device:
@@ -304,10 +327,32 @@ def _summary(plan: JobPlan, run_dir: RunDir, dataset: PackedDataset, tracker: Tr
     )
 
 
-def _losses_before(metrics: Path, start: Cursor) -> list[float]:
-    """Of the steps that earlier starts of this run have done, and this one will not do again."""
+def _steps_before(metrics: Path, start: Cursor) -> list[dict[str, Any]]:
+    """Those that earlier starts of this run have done, and this one will not do again."""
     rows = read_steps(metrics) if _has_rows(metrics) else []
-    return [row["loss"] for row in rows if row["loss"] is not None and row["step"] <= start.step]
+    return [row for row in rows if row["step"] <= start.step]
+
+
+def _stopping(
+    queue: Queue, plan: JobPlan, run_dir: RunDir, checkpointer: Checkpointer, before: list[dict[str, Any]], *, rank: int
+) -> Stopping:
+    foreseen = estimate(plan).checkpoint_seconds or 0.0
+    return Stopping(
+        queue,
+        run_dir,
+        saves=plan.recipe.checkpoint is not None,
+        save_seconds=lambda: checkpointer.longest_seconds or foreseen,
+        step_seconds=[row["step_seconds"] for row in before[1:]],
+        rank=rank,
+    )
+
+
+def _stopped(outcome: Outcome, plan: JobPlan) -> str:
+    saved = "what is done is saved" if plan.recipe.checkpoint is not None else "nothing is saved: checkpoint is null"
+    on = (
+        "" if outcome.ended_by is Request.REQUEUE else "; the file `stop` lies in the run folder, `alst resume` goes on"
+    )
+    return f"stopped as asked; {saved}{on}"
 
 
 def _has_rows(metrics: Path) -> bool:

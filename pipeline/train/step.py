@@ -16,6 +16,7 @@ from pipeline.metrics.meter import StepTimer, peak_host_rss_bytes
 from pipeline.metrics.reduction import Gathered, RankMetric, Reduction
 from pipeline.parallel.mesh import Mesh
 from pipeline.plan.job import JobPlan
+from pipeline.plan.queue import Request
 from pipeline.train.engine import loss_scale
 
 
@@ -44,8 +45,8 @@ class StepResult:
     """By rank, the first micro-batch whose loss is not finite."""
     peak_host_rss_bytes: tuple[int, ...]
     """By rank."""
-    stop_asked: bool
-    """Some rank was asked to stop, by the end of this step."""
+    request: Request
+    """What some rank was asked for, by the end of this step; of several the largest."""
     measured: Mapping[str, float | None]
     """What the caller measured, each by its own reduction."""
 
@@ -57,7 +58,7 @@ def run_step(
     valid_tokens: int,
     learning_rate: float,
     timer: StepTimer,
-    stop_asked: Callable[[], bool] | None = None,
+    asked: Callable[[], Request] = lambda: Request.NOTHING,
     measure: Callable[[], Sequence[RankMetric]] = tuple,
 ) -> StepResult:
     """Forward and backward of every micro-batch, one update.
@@ -80,7 +81,7 @@ def run_step(
             engine.backward(loss * scale)
         with timer.phase("optimizer"):
             update = _update(engine, stage=trainee.plan.recipe.zero.stage)
-    mine = [*_own(loss_sums, stop_asked is not None and stop_asked()), *measure()]
+    mine = [*_own(loss_sums, asked()), *measure()]
     return _result(_gather(mine, trainee), update, valid_tokens)
 
 
@@ -128,14 +129,14 @@ def _plain_grad_norm(engine: Any) -> float:
     return math.sqrt(float(sum(squares)))
 
 
-def _own(loss_sums: list[float], stop_asked: bool) -> list[RankMetric]:
-    """What every step tells of a rank: its loss sum, where it stopped being finite, its peak, whether it shall stop."""
+def _own(loss_sums: list[float], request: Request) -> list[RankMetric]:
+    """What every step tells of a rank: its loss sum, where it stopped being finite, its peak, what it was asked."""
     first = next((number for number, loss in enumerate(loss_sums) if not math.isfinite(loss)), -1)
     return [
         RankMetric("loss_sum", sum(loss_sums), Reduction.SUM),
         RankMetric("first_not_finite", first, Reduction.MAX),
         RankMetric("rank_peak_host_rss_bytes", peak_host_rss_bytes(), Reduction.MAX),
-        RankMetric("stop_asked", stop_asked, Reduction.MAX),
+        RankMetric("request", request, Reduction.MAX),
     ]
 
 
@@ -157,6 +158,6 @@ def _result(gathered: Gathered, update: Update, valid_tokens: int) -> StepResult
         update_applied=update.applied,
         first_not_finite=tuple(None if number < 0 else int(number) for number in gathered.of_ranks("first_not_finite")),
         peak_host_rss_bytes=tuple(int(rss) for rss in gathered.of_ranks("rank_peak_host_rss_bytes")),
-        stop_asked=bool(measured["stop_asked"]),
+        request=Request(int(measured["request"] or 0)),
         measured=measured,
     )

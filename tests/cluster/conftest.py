@@ -8,6 +8,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from containers import apptainer as containers_apptainer
 from pipeline.plan.cluster import CLUSTERS
 from slurm.local_cluster import LocalCluster, free_ports, missing_programs
+from tests.cluster.drills import write_table
 from tests.cluster.user import ROOT, WAIT_SECONDS, User
 
 BUILD_SECONDS = 1800  # five minutes on two free cores
@@ -46,6 +48,19 @@ def cluster(programs) -> Iterator[LocalCluster]:
 def user(tmp_path_factory, cluster) -> User:
     """One for all tests, so that what one packed the others need not."""
     return User(tmp_path_factory.mktemp("user"), cluster)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(user) -> list[float]:
+    """The losses of two ranks that were left in peace, without Slurm."""
+    return user.train_here("hardware.gpus_per_node=2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drills_table() -> Iterator[None]:
+    """What drills cost, into the document that `make drills` names."""
+    yield
+    write_table()
 
 
 @pytest.fixture(scope="session")
@@ -95,9 +110,16 @@ def profile(tmp_path):
 def tracking(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     """An MLflow server on loopback: its URL and its data base."""
     folder, (port,) = tmp_path_factory.mktemp("mlflow"), free_ports(1)
+    with mlflow_server(folder, port) as url:
+        yield url, folder / "mlflow.db"
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """A server with its data base in `folder`, by its URL; killed at the end of the block."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "f")]
-    with (folder / "log").open("wb") as log:
+    with (folder / "log").open("ab") as log:
         server = subprocess.Popen(
             command,
             env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
@@ -110,7 +132,7 @@ def tracking(tmp_path_factory) -> Iterator[tuple[str, Path]]:
         while not answers(f"http://127.0.0.1:{port}/health"):
             assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}", folder / "mlflow.db"
+        yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()

@@ -1,16 +1,13 @@
 """`alst submit` on a real Slurm: what was asked for is what is trained, and nothing is lost or left behind."""
 
-import os
 import re
-import shutil
-import signal
 import sqlite3
 import sys
 from contextlib import closing
 
 import pytest
 
-from slurm.local_cluster import search_path
+from tests.cluster.drills import Disturbed
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
 TWO_RANKS = "hardware.gpus_per_node=1"
@@ -26,12 +23,6 @@ KEPT_BY_SLURM = {
 """What is asked of a job that has ended, whose number comes last, and a word of the answer."""
 
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(user) -> list[float]:
-    """The losses of two ranks that were left in peace, without Slurm."""
-    return user.train_here("hardware.gpus_per_node=2")
 
 
 def test_four_nodes_of_two_tasks_train_to_the_losses_of_this_machine(user, profile, tracking, tmp_path):
@@ -88,6 +79,7 @@ def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, 
         r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", user.alst("status", run.name)
     )
     follower = user.start("logs", run.name, "--rank", "0", "--follow")
+    disturbed = Disturbed(run)
     user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
     user.wait_for_end(run)
     assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
@@ -96,7 +88,7 @@ def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, 
     assert "step 1/8" in followed and "resumed from step-00000" in followed and "step 8/8" in followed
     log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
     assert "resumed from step-00000" in log.read_text()
-    assert losses(run) == two_ranks
+    disturbed.ended("`scontrol requeue`", by="Slurm", user=user, peaceful=two_ranks)
 
 
 def test_a_cancelled_run_leaves_no_process_and_can_be_resumed(user, two_ranks):
@@ -162,19 +154,3 @@ def test_the_templates_do_the_same_by_hand(user, two_ranks):
         by_hand = ["sbatch", "--wait", f"--nodes={nodes}", *asked, str(template), str(run / "plan.json")]
         user.cluster.ask(*by_hand, timeout_seconds=WAIT_SECONDS)
     assert losses(run) == two_ranks, told(run) + (run / "job.out").read_text()
-
-
-def test_a_rank_that_is_killed_is_what_is_shown_first_and_the_job_does_not_look_alive(user, tmp_path):
-    run = user.submit("--nodes", "2", TWO_RANKS)
-    user.wait(lambda: len(losses(run)) >= 1, run)
-    (pid,) = user.cluster.job_processes(rank=1)
-    os.kill(pid, signal.SIGKILL)
-    user.wait_for_end(run)
-    status = user.alst("status", run.name)
-    assert "task 1: Killed" in status.splitlines()[0], status + told(run)
-    assert f"train  job {jobs(run)['train']}: FAILED" in status
-    assert "RUNNING" not in status
-    user.wait(lambda: user.cluster.job_processes() == [], run)
-    (tmp_path / "squeue").symlink_to(shutil.which("squeue", path=search_path()))
-    status = user.alst("status", run.name, PATH=str(tmp_path))
-    assert "UNKNOWN (it has left the queue, and sacct is not on the PATH: install it; see logs/ and slurm/)" in status

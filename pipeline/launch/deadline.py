@@ -1,0 +1,24 @@
+"""Until when a task may run. The batch script asks Slurm (`job.sh`) and exports what it was told: in a container there
+is nobody to ask."""
+
+import os
+import time
+
+from pipeline.launch.stop import terminated_at
+
+JOB_END = "ALST_JOB_END"
+"""Unix seconds; empty where the job has no time limit."""
+
+GRACE_SECONDS = "ALST_GRACE_SECONDS"
+"""From SIGTERM until Slurm kills."""
+
+
+def seconds_left() -> float | None:
+    """Until Slurm kills this process, as far as that is known."""
+    ends = []
+    if end := os.environ.get(JOB_END):
+        ends.append(float(end))
+    asked = terminated_at()
+    if asked is not None:
+        ends.append(asked + float(os.environ.get(GRACE_SECONDS) or 0))
+    return min(ends) - time.time() if ends else None

@@ -1,0 +1,125 @@
+"""After each step: go on, save, or end. What one rank knows of it; the ranks agree in the step's own collective."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+from pipeline.plan.queue import Queue, Request
+from pipeline.plan.run_dir import RunDir
+
+RECENT_STEPS = 20
+LEAVE_SECONDS = 10.0
+"""Before it is killed a process leaves by itself, so that the batch script has time to put the job into the queue."""
+
+MARGIN = 4 / 3
+"""On the longest of the recent steps with a save: the next one may be longer."""
+
+
+class Stopping:
+    """The questions of one rank to the queue, to the run folder and to the clock."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        run_dir: RunDir,
+        *,
+        saves: bool,
+        save_seconds: Callable[[], float],
+        step_seconds: Sequence[float] = (),
+        rank: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`save_seconds` tells what a save takes, `step_seconds` what steps took before this start; without
+        checkpoints, `saves`, no end is worth more than another."""
+        self._queue = queue
+        self._run_dir = run_dir
+        self._saves = saves
+        self._save_seconds = save_seconds
+        self._recent = deque(step_seconds, maxlen=RECENT_STEPS)
+        self._rank = rank
+        self._clock = clock
+        self._steps = 0
+        self._first = 0.0
+        self._began: float | None = None
+        """The step under way, with whatever followed the one before."""
+
+    @property
+    def needed_seconds(self) -> float | None:
+        """Of one more step and a save; None before there was a step."""
+        return MARGIN * (self._longest + self._save_seconds()) if self._longest else None
+
+    @property
+    def _longest(self) -> float:
+        """Of the recent steps; the first of a start, which also compiles, only where there is no other."""
+        return max(self._recent, default=self._first)
+
+    def at_start(self, device: torch.device) -> Request:
+        """Before the first step, agreed. Raises UserError, on every rank, if no step can end before the job does."""
+        short = self._is_short()
+        mine = torch.tensor([self._asked(), short], dtype=torch.float64, device=device)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        if mine[1] and mine[0] < Request.REQUEUE:
+            needed = f"{self.needed_seconds:,.0f} s" if short else "longer"
+            raise UserError(
+                f"no step can end before this job does: one and its save take {needed}, by those before; give the job "
+                "more time (train.time in the cluster's profile), then `alst resume`"
+            )
+        self._began = self._clock()
+        return Request(int(mine[0]))
+
+    def after_step(self) -> Request:
+        """What this rank asks for, once at the end of each step."""
+        now = self._clock()
+        if self._began is not None and self._steps == 0:
+            self._first = now - self._began
+        elif self._began is not None:
+            self._recent.append(now - self._began)
+        self._began = now
+        self._steps += 1
+        return max(self._asked(), Request.REQUEUE if self._is_short() else Request.NOTHING)
+
+    def saved(self) -> None:
+        """What the switch file `save` asked for is done."""
+        if self._rank == 0:
+            with suppress(OSError):  # a disk that is full, or read-only for a while: then it is saved once more
+                self._run_dir.save_switch.unlink(missing_ok=True)
+
+    def is_in_vain(self) -> bool:
+        """Whether the step under way cannot end before this process is killed. Asked from a thread."""
+        left = self._queue.seconds_left()
+        if left is None or self._began is None or not (self._saves or self._queue.terminated()):
+            return False
+        if left < LEAVE_SECONDS:
+            return True
+        if not self._queue.terminated():
+            return False
+        remaining = self._longest - (self._clock() - self._began)
+        return left < remaining + self._save_seconds()
+
+    @property
+    def longest_seconds(self) -> float | None:
+        """Of a recent step with a save; None before the first of this start, which is longer than others."""
+        return self._longest + self._save_seconds() if self.got_on else None
+
+    @property
+    def got_on(self) -> bool:
+        """A step has ended since this start, so that another start gets further."""
+        return self._steps > 0
+
+    def _asked(self) -> Request:
+        found = Request.REQUEUE if self._saves and self._queue.asked_to_requeue() else Request.NOTHING
+        if self._rank == 0:
+            if self._run_dir.stop_switch.exists():
+                return Request.STOP
+            if self._run_dir.save_switch.exists():
+                return max(found, Request.SAVE)
+        return found
+
+    def _is_short(self) -> bool:
+        left, needed = self._queue.seconds_left(), self.needed_seconds
+        return self._saves and left is not None and needed is not None and left < needed

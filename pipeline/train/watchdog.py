@@ -1,0 +1,198 @@
+"""A thread that looks after its rank: tells the others how far it is, and ends a job that stands still.
+
+A rank alone cannot know that it waits for another that will never come. So each writes down how far it is, beside the
+others; when none has moved for as long as the plan allows, every rank that still can writes its stacks into the run
+folder, names those that are behind, and leaves; Slurm ends the rest and the batch script requeues the job.
+"""
+
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.files import HOST
+from pipeline.plan.patience import Patience
+from pipeline.plan.queue import Queue
+from pipeline.plan.run_dir import RunDir
+from pipeline.train.heartbeat import Heartbeat
+from pipeline.train.stopping import Stopping
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""Its handler, in C, writes the stacks of a process whose Python does not run any more."""
+
+LOOK_SECONDS = 1.0
+WRITES_PER_STALL = 10
+"""A rank writes how far it is so often in the time of a stall, and at most once a second."""
+
+LONGEST_WRITE_SECONDS = 30.0
+DUMP_SECONDS = 5.0
+"""For the other ranks to find the stall too and to write their stacks."""
+
+PY_SPY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank wrote last."""
+
+    rank: int
+    host: str
+    pid: int
+    beats: int
+    step: int
+    where: str
+    silent_seconds: float
+    """Without a beat, when it was written."""
+    age_seconds: float
+    """Since it was written."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host}) stands at step {self.step}, {self.where}"
+
+
+class Watchdog:
+    """Of one rank; it looks while `watching`."""
+
+    def __init__(
+        self, heartbeat: Heartbeat, patience: Patience, stopping: Stopping, queue: Queue, run_dir: RunDir, *, rank: int
+    ) -> None:
+        self._heartbeat = heartbeat
+        self._patience = patience
+        self._stopping = stopping
+        self._queue = queue
+        self._signs = run_dir.heartbeats
+        self._stacks = run_dir.stacks(
+            job=os.environ.get("SLURM_JOB_ID", "local"), restart=int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        )
+        self._rank = rank
+        self._ended = threading.Event()
+        self._wrote = 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Looks for as long as the block lasts."""
+        self._heartbeat.beat("start")
+        faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
+        thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+            faulthandler.unregister(DUMP_SIGNAL)
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            if self._stopping.is_in_vain():
+                self._leave_in_vain()
+            if self._patience.looks:
+                self._look_for_a_stall()
+
+    def _leave_in_vain(self) -> None:
+        again = self._stopping.got_on or self._queue.terminated()
+        more = "" if again else ", as was every one in this job's time; raise train.time in the cluster's profile"
+        self._queue.leave(f"the step under way could not end before the job does, and is lost{more}", again)
+
+    def _look_for_a_stall(self) -> None:
+        allowed = self._patience.seconds(self._stopping.longest_seconds)
+        if time.monotonic() - self._wrote >= _write_seconds(allowed):
+            self._write()
+        if self._silent_seconds() <= allowed:
+            return
+        self._write()
+        if all(sign.silent_seconds + sign.age_seconds > allowed for sign in _read_signs(self._signs)):
+            self._end_the_stall(allowed)
+
+    def _end_the_stall(self, allowed: float) -> None:
+        beats = self._heartbeat.beats
+        self._dump()
+        self._ended.wait(DUMP_SECONDS)
+        if self._heartbeat.beats != beats or self._ended.is_set():
+            return  # it went on
+        self._write()
+        signs = _read_signs(self._signs)
+        behind = _behind(signs, silent_seconds=_write_seconds(allowed) + 2 * DUMP_SECONDS)
+        if self._rank == min((s.rank for s in signs if s.host == HOST and s not in behind), default=None):
+            for sign in behind:
+                if sign.host == HOST:
+                    _dump_another(sign, self._stack_file(sign.rank))
+        named = "; ".join(str(sign) for sign in behind)
+        told = f"stalled: no rank got on for {self._silent_seconds():.0f} s; {named}; stacks are in {self._stacks}"
+        self._queue.leave(told, True)
+
+    def _silent_seconds(self) -> float:
+        return time.monotonic() - self._heartbeat.at
+
+    def _dump(self) -> None:
+        with suppress(OSError), _stack_file_at(self._stack_file(self._rank)) as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _stack_file(self, rank: int) -> Path:
+        return self._stacks / f"rank{rank}.txt"
+
+    def _write(self) -> None:
+        mine = self._heartbeat
+        row = {"rank": self._rank, "host": HOST, "pid": os.getpid(), "beats": mine.beats}
+        row |= {"step": mine.step, "where": mine.where, "silent_seconds": self._silent_seconds()}
+        path = self._signs / f"rank{self._rank}.json"
+        with suppress(OSError):  # a full disk is no stall
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_suffix(".partial")
+            temporary.write_text(json.dumps(row))
+            temporary.replace(path)
+        self._wrote = time.monotonic()
+
+
+def _write_seconds(allowed: float) -> float:
+    """Between two writings of how far a rank is."""
+    return min(LONGEST_WRITE_SECONDS, allowed / WRITES_PER_STALL)
+
+
+def _read_signs(folder: Path) -> list[Sign]:
+    """What ranks wrote last, in order; how old it is by the clock of the disk, which is one for all nodes."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    for path in folder.glob("rank*.json"):
+        with suppress(OSError, ValueError):
+            found.append((path.stat().st_mtime, json.loads(path.read_text())))
+    newest = max((written for written, _ in found), default=0.0)
+    signs = [Sign(**row, age_seconds=newest - written) for written, row in found]
+    return sorted(signs, key=lambda sign: sign.rank)
+
+
+def _behind(signs: list[Sign], *, silent_seconds: float) -> list[Sign]:
+    """Those that have not even written for so long: stopped, dead, or without Python's lock; else the least far."""
+    if silent := [sign for sign in signs if sign.age_seconds > silent_seconds]:
+        return silent
+    return [sign for sign in signs if sign.beats == min(sign.beats for sign in signs)]
+
+
+def _dump_another(sign: Sign, path: Path) -> None:
+    """Whatever can be learned of a process of this node from outside."""
+    with suppress(OSError), _stack_file_at(path) as file:
+        for name in ("status", "wchan"):
+            told = Path(f"/proc/{sign.pid}/{name}").read_text()
+            file.write("".join(line for line in told.splitlines(keepends=True) if ":" not in line or "State" in line))
+        file.write(f"\nits own stacks, if it can still write them, are at the end of the log of rank {sign.rank}\n")
+        file.flush()
+        os.kill(sign.pid, DUMP_SIGNAL)
+        if program := shutil.which("py-spy"):
+            command = [program, "dump", "--nonblocking", "--pid", str(sign.pid)]
+            subprocess.run(command, stdout=file, stderr=file, timeout=PY_SPY_SECONDS, check=False)
+
+
+@contextmanager
+def _stack_file_at(path: Path) -> Iterator[TextIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        yield file

@@ -1,0 +1,94 @@
+"""What a disturbance of a run cost: seconds until it got further than it was, steps done twice. One row per drill.
+
+`make drills` has the rows written into docs/operations.md.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.metrics.tracker import read_metrics
+from tests.cluster.user import User, jobs, losses, told
+
+TABLE = "ALST_DRILLS"
+"""Names the document whose table is written anew at the end."""
+
+BEGIN, END = "<!-- drills: written by `make drills` -->", "<!-- end of drills -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One drill."""
+
+    what: str
+    by: str
+    """Who sees to it that the run goes on."""
+    steps_again: int
+    seconds: float
+    """From the disturbance until a step ended that had not ended before."""
+
+
+rows: dict[str, Row] = {}
+"""By name; of this session."""
+
+
+class Disturbed:
+    """A run, from the moment on when something happens to it."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._at = time.time()
+        self._done = max((row["step"] for row in self._steps()), default=0)
+
+    def ended(self, what: str, *, by: str, user: User, peaceful: list[float]) -> None:
+        """It has done all its steps: to the very losses of a run that was left in peace. Records the row."""
+        assert losses(self.run) == peaceful, told(self.run)
+        steps = self._steps()
+        again = len(steps) - len({row["step"] for row in steps})
+        further = next(row["time"] for row in steps if row["step"] > self._done)
+        rows[what] = Row(what, by, again, further - self._at)
+        assert user.cluster.job_processes() == []
+
+    def _steps(self) -> list[dict]:
+        metrics = self.run / "metrics.jsonl"
+        return list(read_metrics(metrics)) if metrics.exists() else []
+
+
+def train_job(run: Path) -> str:
+    return jobs(run)["train"]
+
+
+def log_of(run: Path, *, start: int) -> str:
+    """What rank 0 said in a start of the train job; -1 is the newest."""
+    starts = sorted((run / "logs" / f"train-{train_job(run)}").iterdir(), key=lambda folder: int(folder.name))
+    return (starts[start] / "rank0.log").read_text()
+
+
+@contextmanager
+def frozen(pids: list[int]) -> Iterator[None]:
+    """Processes that stand still inside the block, so that a fast run does not end before its drill begins."""
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # Slurm has ended it
+                os.kill(pid, signal.SIGCONT)
+
+
+def write_table() -> None:
+    """The rows into the document that is named, if one is; those of drills that were not done now stay."""
+    if not (name := os.environ.get(TABLE)):
+        return
+    before, rest = Path(name).read_text().split(BEGIN)
+    table, after = rest.split(END)
+    head = ["| what happened | who went on | steps done again | seconds until a new step |", "|---|---|---|---|"]
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in table.strip().splitlines()[len(head) :]}
+    known |= {row.what: f"| {row.what} | {row.by} | {row.steps_again} | {row.seconds:.0f} |" for row in rows.values()}
+    Path(name).write_text("\n".join([before + BEGIN, *head, *known.values(), END + after]))

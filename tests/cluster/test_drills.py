@@ -1,0 +1,290 @@
+"""Drills on the real cluster: a run is disturbed, goes on, and ends with the very losses of one left in peace."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm.local_cluster import free_ports, search_path
+from tests.cluster.conftest import mlflow_server
+from tests.cluster.drills import Disturbed, frozen, log_of, train_job
+from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
+
+TWO_RANKS = "hardware.gpus_per_node=1"
+NODES = ("--nodes", "2")
+STEPS = 3
+"""After which a run is disturbed."""
+
+pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
+
+
+@pytest.fixture
+def run(user, two_ranks) -> Path:
+    """Of two ranks on two nodes, some steps of it done; saved after every second one."""
+    return begun(user, "checkpoint.every_steps=2")
+
+
+def begun(user, *overrides: str, cluster: str = "throw-away") -> Path:
+    run = user.submit(*NODES, TWO_RANKS, *overrides, cluster=cluster)
+    user.wait(lambda: len(losses(run)) >= STEPS, run)
+    return run
+
+
+def rank(user, number: int) -> int:
+    """The process of a rank of the only job there is; rank 0 is also what Slurm calls the batch script."""
+    pids = user.cluster.job_processes(rank=number)
+    (pid,) = (pid for pid in pids if b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"srun")[0])
+    return pid
+
+
+def both(user) -> list[int]:
+    return [rank(user, 0), rank(user, 1)]
+
+
+def ends_well(user, run: Path) -> None:
+    user.wait_for_end(run)
+    assert user.state(train_job(run)) == "COMPLETED", told(run)
+
+
+def test_a_rank_that_stands_still_is_named_and_the_job_goes_on(user, two_ranks):
+    run = begun(user, "train.stall_seconds=10")
+    stopped, disturbed = rank(user, 1), Disturbed(run)
+    os.kill(stopped, signal.SIGSTOP)
+    ends_well(user, run)
+    status = user.alst("status", run.name)
+    assert "restarted 1 x, last because: stalled: no rank got on for" in status
+    assert re.search(rf"; rank 1 \(process {stopped} on \S+\) stands at step \d, [a-z0-9 ]+; stacks are in ", status)
+    (stacks,) = (run / "stalls").iterdir()
+    assert "loop.py" in (stacks / "rank0.txt").read_text(), "what it waited in"
+    assert "State:\tT (stopped)" in (stacks / "rank1.txt").read_text()
+    disturbed.ended("a rank stopped (SIGSTOP)", by="the watchdog", user=user, peaceful=two_ranks)
+
+
+def test_a_preempted_job_saves_leaves_and_comes_back(user, run, two_ranks):
+    ranks = both(user)
+    with frozen(ranks):
+        disturbed = Disturbed(run)
+        urgent = user.cluster.ask(
+            "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null",
+            "--wrap=srun true",
+        ).strip()  # fmt: skip
+        user.wait(lambda: "PreemptTime=2" in user.cluster.ask("scontrol", "show", "job", train_job(run)), run)
+    ends_well(user, run)
+    assert user.state(urgent) == "COMPLETED"
+    assert "asked to stop by SIGTERM" in log_of(run, start=0)
+    assert "resumed from step-00000" in log_of(run, start=-1)
+    disturbed.ended("preempted by a higher partition", by="Slurm and the batch script", user=user, peaceful=two_ranks)
+
+
+def test_a_rank_that_is_killed_in_a_step_is_named_and_the_run_resumed(user, run, two_ranks, tmp_path):
+    disturbed = Disturbed(run)
+    os.kill(rank(user, 1), signal.SIGKILL)
+    user.wait_for_end(run)
+    status = user.alst("status", run.name)
+    assert "task 1: Killed" in status.splitlines()[0], status + told(run)
+    assert f"train  job {train_job(run)}: FAILED" in status
+    assert "RUNNING" not in status
+    (tmp_path / "squeue").symlink_to(shutil.which("squeue", path=search_path()))
+    status = user.alst("status", run.name, PATH=str(tmp_path))
+    assert "UNKNOWN (it has left the queue, and sacct is not on the PATH: install it; see logs/ and slurm/)" in status
+    user.alst("resume", run.name)
+    ends_well(user, run)
+    disturbed.ended("kill -9 of a rank in a step", by="`alst resume`", user=user, peaceful=two_ranks)
+
+
+def test_tasks_that_could_not_be_launched_are_launched_again(user, tmp_path, profile):
+    """A node's slurmd is gone when srun wants to start the tasks of packing, and back soon after."""
+    gate, there = tmp_path / "gate", tmp_path / "there"
+    wait = f"touch {there}; until [ -e {gate} ]; do sleep 0.1; done"
+    run = user.submit(*NODES, TWO_RANKS, "data.seed=7", cluster=profile(pack={"tasks": 1}, setup=[wait]))
+    user.wait(there.exists, run)
+    node = user.cluster.ask("squeue", "-h", "-j", jobs(run)["pack"], "-o", "%N").strip()
+    with user.cluster.without(node):
+        gate.touch()
+        user.wait((run / "slurm" / "requeues").exists, run)
+    user.wait(lambda: user.state(jobs(run)["pack"]) == "COMPLETED", run)
+    assert "its tasks could not be launched" in (run / "slurm" / "requeues").read_text()
+    user.alst("cancel", run.name)
+    user.wait_for_end(run)
+
+
+# Those that take longer
+
+
+@pytest.mark.full
+def test_a_job_that_comes_to_its_time_limit_saves_before_it_and_goes_on(user, two_ranks, profile):
+    run = begun(user, "checkpoint.every_steps=2", cluster=profile(train={"time": "00:02:00"}))
+    ranks = both(user)
+    disturbed = Disturbed(run)
+    with frozen(ranks):
+        left = ["squeue", "-h", "-j", train_job(run), "-o", "%L"]
+        user.wait(lambda: user.cluster.ask(*left).strip() in [f"0:{second:02}" for second in range(15, 26)], run)
+    ends_well(user, run)
+    assert set(re.findall(r"job \d+: (.*)", (run / "slurm" / "requeues").read_text())) <= {
+        "asked to stop by SIGUSR2", "the next step could not have ended before the job",
+    }  # fmt: skip
+    disturbed.ended("the time limit", by="the batch script", user=user, peaceful=two_ranks)
+
+
+@pytest.mark.full
+def test_a_node_that_fails_is_not_used_again(user, run, two_ranks):
+    nodes = user.cluster.ask("squeue", "-h", "-j", train_job(run), "-o", "%N").strip()
+    _, node = user.cluster.ask("scontrol", "show", "hostnames", nodes).split()
+    disturbed = Disturbed(run)
+    user.cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=drill")
+    try:
+        ends_well(user, run)
+    finally:
+        user.cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
+    assert (run / "slurm" / "excluded").read_text().startswith(f"{node} ")
+    assert "resumed from step-00000" in log_of(run, start=-1)
+    disturbed.ended("a node fails", by="Slurm", user=user, peaceful=two_ranks)
+    user.alst("resume", run.name, "train.steps=9")
+    assert f"#SBATCH --exclude={node}\n" in (run / "slurm" / "train.sbatch").read_text()
+    user.wait_for_end(run)
+
+
+@pytest.mark.full
+def test_a_rank_that_is_killed_in_a_save_costs_that_save(user, two_ranks):
+    run = begun(user, "checkpoint.every_steps=1")
+    disturbed, victim = Disturbed(run), rank(user, 1)
+    while not (writing := list((run / "checkpoints").glob(".writing-*"))):
+        assert user.cluster.job_processes(rank=1), "it ended before it was seen to save"
+    os.kill(victim, signal.SIGKILL)
+    user.wait_for_end(run)
+    assert user.state(train_job(run)) == "FAILED"
+    assert writing[0].exists(), "killed while it saved"
+    user.alst("resume", run.name)
+    ends_well(user, run)
+    assert not writing[0].exists()
+    disturbed.ended("kill -9 of a rank in a save", by="`alst resume`", user=user, peaceful=two_ranks)
+
+
+@pytest.mark.full
+def test_a_task_of_packing_that_is_killed_is_done_again_alone(user, two_ranks, profile):
+    run = user.submit(*NODES, TWO_RANKS, "data.seed=8", cluster=profile(pack={"tasks": 1}))
+    log = run / "logs" / f"pack-{jobs(run)['pack']}" / "0" / "rank0.log"
+    user.wait(log.exists, run)
+    task, disturbed = rank(user, 0), Disturbed(run)
+    os.kill(task, signal.SIGKILL)
+    user.wait_for_end(run)
+    assert "FAILED" in user.state(jobs(run)["pack"])
+    assert "Killed" in user.alst("status", run.name)
+    user.alst("resume", run.name)
+    ends_well(user, run)
+    peaceful = user.train_here("hardware.gpus_per_node=2", "data.seed=8")
+    assert peaceful != two_ranks
+    disturbed.ended("a task of packing killed", by="`alst resume`", user=user, peaceful=peaceful)
+
+
+@pytest.mark.full
+def test_a_server_for_mlflow_that_dies_and_comes_back_costs_nothing(user, two_ranks, profile, tmp_path):
+    (port,) = free_ports(1)
+    with mlflow_server(tmp_path, port) as url:
+        run = begun(user, "tracking.mlflow=true", cluster=profile(tracking_uri=url))
+        ranks = both(user)
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+    disturbed = Disturbed(run)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    user.wait(lambda: len(losses(run)) > STEPS + 1, run)
+    with mlflow_server(tmp_path, port):
+        ends_well(user, run)
+    disturbed.ended("MLflow's server killed and restarted", by="nobody: it trains on", user=user, peaceful=two_ranks)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, with room for the run and a few checkpoints."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.full
+def test_a_disk_that_is_full_costs_what_could_not_be_saved(user, two_ranks, small_disk):
+    shutil.copytree(user.folder / "runs" / "packed", small_disk / "packed")
+    run = user.submit(*NODES, TWO_RANKS, "checkpoint.every_steps=1", ALST_RUNS=str(small_disk))
+    user.wait(lambda: len(losses(run)) >= STEPS, run)
+    ranks, ballast = both(user), small_disk / "ballast"
+    with frozen(ranks):
+        disturbed = Disturbed(run)
+        with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    user.wait_for_end(run)
+    assert user.state(train_job(run)) == "FAILED", "its last checkpoint is not on disk"
+    ballast.unlink()
+    user.alst("resume", run.name, ALST_RUNS=str(small_disk))
+    ends_well(user, run)
+    disturbed.ended("the run folder's disk full", by="`alst resume`", user=user, peaceful=two_ranks)
+
+
+@pytest.mark.full
+def test_a_second_job_of_the_same_run_is_refused_and_the_first_is_left_in_peace(user, run, two_ranks):
+    ranks = both(user)
+    variables = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    variables |= {"PYTHON": sys.executable, "PATH": user.cluster.environment["PATH"]}
+    asked = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=100", "--gpus-per-node=1"]
+    asked += ["--no-requeue", "--export=" + ",".join(f"{name}={value}" for name, value in variables.items())]
+    with frozen(ranks):
+        disturbed = Disturbed(run)
+        said = user.alst("resume", run.name, code=2)
+        assert "wait for its end, or `alst cancel" in said
+        template = [str(ROOT / "slurm" / "train.sbatch"), str(run / "plan.json")]
+        by_hand = ["sbatch", "--wait", *asked, "--output", str(run / "second.out"), *template]
+        user.cluster.ask(*by_hand, timeout_seconds=WAIT_SECONDS)
+    assert "another job trains into this run folder (process " in (run / "second.out").read_text()
+    ends_well(user, run)
+    disturbed.ended("two jobs of one run", by="nobody: the second is refused", user=user, peaceful=two_ranks)
+
+
+@pytest.mark.full
+def test_switch_files_save_and_stop_a_run_until_it_is_resumed(user, two_ranks):
+    run = begun(user, "checkpoint.every_steps=null")
+    user.alst("save", run.name)
+    user.wait(lambda: not (run / "save").exists() and list((run / "checkpoints").glob("step-*")), run)
+    user.alst("stop", run.name)
+    ends_well(user, run)
+    assert len(losses(run)) < len(two_ranks), "it had ended before it was asked"
+    assert "resume` goes on" in log_of(run, start=0)
+    assert not (run / "slurm" / "requeues").exists()
+    user.alst("resume", run.name)
+    ends_well(user, run)
+    assert losses(run) == two_ranks
+
+
+@pytest.mark.full
+def test_in_a_chain_the_next_job_goes_on_where_the_signal_ended_the_last(user, two_ranks):
+    run = begun(user, "checkpoint.every_steps=null", "--chain", "3")
+    first, second, third = [job["id"] for job in json.loads((run / "slurm" / "jobs.json").read_text())["jobs"]]
+    user.cluster.ask("scancel", "--signal=USR2", first)
+    user.wait_for_end(run)
+    assert [user.state(job) for job in (first, second, third)] == ["COMPLETED"] * 3
+    assert "resumed from step-00000" in (run / "logs" / f"train-{second}" / "0" / "rank0.log").read_text()
+    assert "all 8 steps are done" in (run / "logs" / f"train-{third}" / "0" / "rank0.log").read_text()
+    assert not (run / "slurm" / "requeues").exists()
+    assert losses(run) == two_ranks
+
+
+@pytest.mark.full
+def test_ranks_that_reach_each_other_too_slowly_do_not_begin(user, profile):
+    run = user.submit(*NODES, TWO_RANKS, cluster=profile(train={"least_bus_gigabytes_per_second": 1e6}))
+    user.wait_for_end(run)
+    assert user.state(train_job(run)) == "FAILED"
+    status = user.alst("status", run.name)
+    assert re.search(r"the bus bandwidth of an all-reduce is \d+\.\d\d GB/s, and train\.least_bus_gig", status), status
+    assert losses(run) == []

@@ -1,0 +1,64 @@
+"""What makes a node unfit, on this machine and on ones that are described."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from pipeline.launch import node_gate
+from pipeline.launch.node_gate import unfitness
+from pipeline.plan.hardware import GIB
+from pipeline.plan.job import JobPlan, plan_job
+from pipeline.plan.limits import load_of
+from pipeline.recipe.load import load
+
+
+def planned(*overrides: str, recipe: str = "tiny") -> JobPlan:
+    return plan_job(load(recipe, overrides=list(overrides)))
+
+
+def test_this_machine_is_fit_for_a_tiny_run():
+    assert unfitness(planned()) is None
+
+
+def test_memory_that_another_holds_makes_a_node_unfit_and_a_plan_for_a_larger_one_does_not(tmp_path):
+    plan = planned("hardware.host_memory_gib=64")
+    needed = load_of(plan).host.total
+    meminfo = tmp_path / "meminfo"
+
+    def found(total: float, free: float) -> str | None:
+        meminfo.write_text(f"MemTotal: {int(total / 1024)} kB\nMemAvailable: {int(free / 1024)} kB\n")
+        return node_gate._memory(plan, meminfo)
+
+    assert found(64 * GIB, needed) is None
+    assert found(needed / 2, needed / 4) is None
+    assert found(64 * GIB, 2**20).startswith("0.0 GiB of its 64.0 GiB of memory are free, ")
+
+
+def test_a_full_scratch_folder_makes_a_node_unfit(monkeypatch, tmp_path):
+    monkeypatch.setattr(node_gate, "LEAST_SCRATCH_BYTES", 2**60)
+    assert "GiB free, " in node_gate._scratch(tmp_path)
+    monkeypatch.setattr(node_gate, "LEAST_SCRATCH_BYTES", 0)
+    monkeypatch.setattr(node_gate, "LEAST_INODES", 2**60)
+    assert os.statvfs(tmp_path).f_files == 0 or "inodes free, " in node_gate._scratch(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "expected"),
+    [
+        ("0, 0\n1, [N/A]", 0, None),
+        ("0, 0", 0, "1 GPUs are there, 2 are needed"),
+        ("0, 0\n1, 3", 0, "GPU 1 has 3 uncorrected ECC errors"),
+        ("Unable to determine the device handle", 9, "nvidia-smi fails: Unable to determine the device handle"),
+    ],
+)
+def test_gpus_are_counted_and_their_errors_read(tmp_path, monkeypatch, said, code, expected):
+    """By what nvidia-smi prints, from a program of its name: there is no GPU here."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    plan = planned("hardware.gpus_per_node=2", "data.seq_len=65536", recipe="llama8b")
+    assert node_gate._gpus(plan) == expected
+    assert Path(program).exists()
