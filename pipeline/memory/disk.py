@@ -76,7 +76,6 @@ class Disk:
         self._folder, self._capacity_bytes, self._staging_bytes = folder, capacity_bytes, staging_bytes
         self._pinned, self._checksums = pinned, checksums
         self._descriptor = self._open(capacity_bytes)
-        self._close = weakref.finalize(self, os.close, self._descriptor)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="offload-disk")
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
@@ -94,6 +93,7 @@ class Disk:
             os.close(handle)
             descriptor = open_direct(Path(name), os.O_RDWR)
             os.unlink(name)  # noqa: PTH108
+            weakref.finalize(self, os.close, descriptor)
             if capacity_bytes:
                 os.posix_fallocate(descriptor, 0, whole_pages(capacity_bytes))
         except OSError as error:
