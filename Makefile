@@ -27,7 +27,7 @@ setup: $(VENV)/.ready ## make the environment in .venv
 demo: $(VENV)/.ready ## train on real text on this machine: the whole path, small
 	$(BIN)/alst train tiny $(ARGS)
 
-demo-million: $(VENV)/.ready ## one step on one sample of 1,048,576 tokens, on the CPU
+demo-million: $(VENV)/.ready ## one step on one sample of 1,048,576 tokens, on the CPU; what each memory feature saves
 	$(BIN)/alst train tiny-million $(ARGS)
 
 plan: $(VENV)/.ready ## the derived numbers of RECIPE

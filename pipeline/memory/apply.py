@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.memory import activation_checkpoint, allocator, tiled_loss, tiled_mlp, tiled_norm
-from pipeline.memory.disk import Disk
+from pipeline.memory.disk import Disk, check_is_disk
 from pipeline.memory.fp8 import Fp8Store
 from pipeline.memory.host_arena import check_node
 from pipeline.memory.offload import DeviceStore, HostStore
@@ -118,6 +118,8 @@ def _store(feature: ActivationCheckpoint, offload: Offload | None, *, pinned: bo
 
 
 def _disk(offload: Offload, *, pinned: bool, checksums: bool) -> Disk:
+    if pinned:  # where there is no GPU it is all for trying, and memory may stand in for a disk
+        check_is_disk(Path(offload.scratch))
     disk = Disk(
         Path(offload.scratch),
         capacity_bytes=offload.disk_bytes,

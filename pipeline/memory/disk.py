@@ -28,6 +28,7 @@ THREADS = 4
 PART_BYTES = 16 << 20  # that a thread writes or reads at once
 PROBE_BYTES = 64 << 20
 GIB = 1 << 30
+MOUNTS = Path("/proc/self/mounts")
 
 
 @dataclass(eq=False)
@@ -75,7 +76,6 @@ class Disk:
         self._folder, self._capacity_bytes, self._staging_bytes = folder, capacity_bytes, staging_bytes
         self._pinned, self._checksums = pinned, checksums
         self._descriptor = self._open(capacity_bytes)
-        self._close = weakref.finalize(self, os.close, self._descriptor)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="offload-disk")
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
@@ -93,6 +93,7 @@ class Disk:
             os.close(handle)
             descriptor = open_direct(Path(name), os.O_RDWR)
             os.unlink(name)  # noqa: PTH108
+            weakref.finalize(self, os.close, descriptor)
             if capacity_bytes:
                 os.posix_fallocate(descriptor, 0, whole_pages(capacity_bytes))
         except OSError as error:
@@ -247,3 +248,15 @@ class Disk:
 def _free_bytes(folder: Path) -> int:
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
+
+
+def check_is_disk(folder: Path) -> None:
+    """Raises RunError if the folder lies in memory, as /tmp does on many nodes: it would take what it is to spare."""
+    mounts = [line.split()[1:3] for line in MOUNTS.read_text().splitlines()] if MOUNTS.exists() else []
+    holding = [(place, kind) for place, kind in mounts if folder.resolve().is_relative_to(place)]
+    kind = max(holding, key=lambda mount: len(mount[0]))[1] if holding else ""
+    if kind in ("tmpfs", "ramfs"):
+        raise RunError(
+            f"{folder}: lies in memory ({kind}), and must be on a disk; set hardware.scratch (a cluster's `scratch`) "
+            "to a folder on the node's own disk, or memory.activation_checkpoint.offload: cpu"
+        )

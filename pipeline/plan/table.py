@@ -79,7 +79,7 @@ def _memory(estimate: Estimate) -> Table:
     if load.scratch.total:
         columns.append(load.scratch.by_name)
         limits.append(load.hardware.scratch_bytes)
-        titles.append("scratch, a node")
+        titles = [title.partition(",")[0] for title in (*titles, "scratch")]  # four must fit into 80 columns
     table = Table(box=SIMPLE_HEAD, pad_edge=True)
     table.add_column("GiB", style="cyan", no_wrap=True)
     for title in titles:

@@ -14,10 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.attention.kernels.cpu import CpuKernel
 from pipeline.direct_io import PAGE, page_memory, write_at
 from pipeline.errors import RunError
-from pipeline.memory.disk import PART_BYTES, Disk
+from pipeline.memory import activation_checkpoint, tiled_loss
+from pipeline.memory.disk import PART_BYTES, Disk, check_is_disk
 from pipeline.memory.offload import HostStore
+from tests.unit.test_memory_checkpoint import forward, llama
 
 
 def on_disk(folder: Path, *, capacity_bytes: int = 0, staging_bytes: int = 1 << 20, checksums: bool = False) -> Disk:
@@ -112,6 +115,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         on_disk(tmp_path / "file" / "scratch")
 
 
+def test_a_folder_that_lies_in_memory_is_no_disk(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match=r"^/dev/shm/x: lies in memory \(tmpfs\), and must be on a disk; set hardware"):
+        check_is_disk(Path("/dev/shm/x"))
+    (tmp_path / "mounts").write_text(f"none / tmpfs rw 0 0\n/dev/nvme0 {tmp_path} ext4 rw 0 0\n")
+    monkeypatch.setattr("pipeline.memory.disk.MOUNTS", tmp_path / "mounts")
+    check_is_disk(tmp_path / "scratch")
+
+
 @pytest.mark.parametrize("staging_bytes", [0, PAGE, 1 << 20])
 def test_a_disk_that_fills_up_ends_the_step_and_gives_no_wrong_tensor(tmp_path, staging_bytes):
     store, number = store_of(on_disk(tmp_path, staging_bytes=staging_bytes)), 40
@@ -180,3 +191,16 @@ def test_a_tensor_that_is_changed_while_it_stays_is_an_error_and_not_written(tmp
     tensor.add_(1)
     with pytest.raises(RunError, match="in place"):
         store.put(numbered(1))
+
+
+def test_a_disk_that_fails_between_forward_and_backward_ends_the_step_without_a_gradient_of_what_it_held(tmp_path):
+    model, disk = llama(), on_disk(tmp_path)
+    activation_checkpoint.attach(model, store=store_of(disk), keep_attention=True)
+    tiled_loss.attach(model, tile_tokens=10)
+    loss = forward(model, CpuKernel())
+    while disk._writing:
+        disk._finish_oldest()
+    os.ftruncate(disk._descriptor, 0)
+    with pytest.raises(RunError, match="cannot read layer inputs back"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.model.layers.parameters())
