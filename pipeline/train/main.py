@@ -110,9 +110,9 @@ def _train(
     failed: NotFiniteError | NotSavedError | None = None
     outcome = Outcome((), stopped=False)
     try:
-        with ProgressLine(trainee.plan.recipe.train.steps) as progress:
-            reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
-            outcome = train(trainee, loader, attached, watch, checkpointer, reporting, stop_asked)
+        progress = ProgressLine(trainee.plan.recipe.train.steps) if mesh.rank == 0 else None
+        reporting = Reporting(tracker, progress)
+        outcome = train(trainee, loader, attached, watch, checkpointer, reporting, stop_asked)
         status = "KILLED" if outcome.stopped else "FINISHED"
     except (NotFiniteError, NotSavedError) as error:
         failed = error
