@@ -268,6 +268,13 @@ def host_rss_bytes() -> int:
     return resident_pages * resource.getpagesize()
 
 
+def peak_device_bytes() -> int | None:
+    """Largest sum of allocated tensors on this rank's GPU since the process began; None without one."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+
+
 def memory_metrics() -> list[RankMetric]:
     """Host and device memory of this rank; nothing of a device where there is none."""
     import torch
@@ -276,12 +283,12 @@ def memory_metrics() -> list[RankMetric]:
         RankMetric("peak_host_rss_bytes", peak_host_rss_bytes(), Reduction.MAX),
         RankMetric("host_rss_bytes", host_rss_bytes(), Reduction.SUM),
     ]
-    if torch.cuda.is_available():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        fragmentation = 1 - allocated / reserved if reserved else 0.0
+    allocated = peak_device_bytes()
+    if allocated is not None:
+        reserved = torch.cuda.max_memory_reserved()
         found += [
             RankMetric("peak_device_bytes", allocated, Reduction.MAX),
             RankMetric("peak_device_reserved_bytes", reserved, Reduction.MAX),
-            RankMetric("device_fragmentation", fragmentation, Reduction.MAX),
+            RankMetric("device_fragmentation", 1 - allocated / reserved if reserved else 0.0, Reduction.MAX),
         ]
     return found
