@@ -15,6 +15,7 @@ from typing import IO
 
 from pipeline.errors import RunError, UserError
 from pipeline.launch.entry import Stage
+from pipeline.launch.screen import Screen
 from pipeline.plan.environment import applied, environment
 from pipeline.plan.job import JobPlan
 from pipeline.plan.run_dir import RunDir
@@ -96,13 +97,12 @@ def _copy_to_console(pipe: IO[bytes] | None, log: Path) -> threading.Thread:
     assert pipe is not None
 
     def copy() -> None:
-        with log.open("wb") as file:
+        with log.open("wb") as file, Screen() as screen:
             for line in iter(pipe.readline, b""):
                 with suppress(OSError):  # a full disk: the console still has it, and rank 0 must not wait for this pipe
                     file.write(line)
                     file.flush()
-                sys.stdout.write(line.decode(errors="replace"))
-                sys.stdout.flush()
+                screen.show(line.decode(errors="replace"))
 
     thread = threading.Thread(target=copy, daemon=True)
     thread.start()

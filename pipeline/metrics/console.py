@@ -1,14 +1,12 @@
-"""What a person sees while a run goes on: one aligned line a step, a bar below it on a terminal, tables at the end."""
+"""What a run says while it goes on: one aligned line a step, tables at the end. `launch.screen` shows it."""
 
 import math
 import sys
 from collections.abc import Iterable
-from types import TracebackType
 from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from pipeline.metrics.meter import StepRecord
@@ -18,47 +16,18 @@ PIPED_WIDTH = 10_000  # columns; a log has no edge, and a path that is folded ca
 
 
 class ProgressLine:
-    """Prints a line per step; on a terminal also a bar that stays below the lines.
-
-    Use as a context manager, so that the bar is taken down whatever happens.
-    """
+    """Prints a line per step, and others between them."""
 
     def __init__(self, total_steps: int, *, stream: TextIO | None = None) -> None:
         self._total_steps = total_steps
         self._console = _console(stream)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("ETA {task.fields[eta]}"),
-                console=self._console,
-                transient=True,
-                expand=True,
-            )
-            self._task = self._bar.add_task("training", total=total_steps, eta="-")
-
-    def __enter__(self) -> "ProgressLine":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def step(self, record: StepRecord) -> None:
-        """Print the line of a finished step and move the bar."""
+        """Print the line of a finished step."""
         self.note(step_line(record, self._total_steps))
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record.step, eta=duration(record.eta_seconds))
 
     def note(self, text: str) -> None:
-        """Print any other line above the bar."""
+        """Print any other line."""
         _print_plain(self._console, text)
 
 
@@ -158,7 +127,7 @@ def _norm(grad_norm: float | None) -> str:
 
 
 def _console(stream: TextIO | None) -> Console:
-    """A console whose only judge of being a terminal is the stream: FORCE_COLOR shall not put a bar into a log."""
+    """A console whose only judge of being a terminal is the stream: FORCE_COLOR shall not colour a log."""
     stream = stream or sys.stdout
     terminal = stream.isatty()
     return Console(file=stream, force_terminal=terminal, force_interactive=terminal)

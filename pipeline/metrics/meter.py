@@ -269,10 +269,10 @@ def host_rss_bytes() -> int:
 
 
 def peak_device_bytes() -> int | None:
-    """The most that this rank's tensors took on its device; None without one."""
+    """Largest sum of allocated tensors on this rank's GPU since the process began; None without one."""
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
 
 
 def memory_metrics() -> list[RankMetric]:
@@ -283,12 +283,12 @@ def memory_metrics() -> list[RankMetric]:
         RankMetric("peak_host_rss_bytes", peak_host_rss_bytes(), Reduction.MAX),
         RankMetric("host_rss_bytes", host_rss_bytes(), Reduction.SUM),
     ]
-    if (allocated := peak_device_bytes()) is not None:
+    allocated = peak_device_bytes()
+    if allocated is not None:
         reserved = torch.cuda.max_memory_reserved()
-        fragmentation = 1 - allocated / reserved if reserved else 0.0
         found += [
             RankMetric("peak_device_bytes", allocated, Reduction.MAX),
             RankMetric("peak_device_reserved_bytes", reserved, Reduction.MAX),
-            RankMetric("device_fragmentation", fragmentation, Reduction.MAX),
+            RankMetric("device_fragmentation", 1 - allocated / reserved if reserved else 0.0, Reduction.MAX),
         ]
     return found

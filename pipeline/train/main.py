@@ -129,9 +129,9 @@ def _train(
     failed: NotFiniteError | NotSavedError | None = None
     outcome = Outcome((), Request.NOTHING)
     try:
-        with ProgressLine(trainee.plan.recipe.train.steps) as progress:
-            reporting = Reporting(tracker, progress if mesh.rank == 0 else None)
-            outcome = train(trainee, loader, attached, watch, checkpointer, reporting)
+        progress = ProgressLine(trainee.plan.recipe.train.steps) if mesh.rank == 0 else None
+        reporting = Reporting(tracker, progress)
+        outcome = train(trainee, loader, attached, watch, checkpointer, reporting)
         status = "KILLED" if outcome.ended_by else "FINISHED"
     except (NotFiniteError, NotSavedError) as error:
         failed = error
