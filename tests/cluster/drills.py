@@ -1,4 +1,4 @@
-"""What a disturbance of a run cost: seconds until it got further than it was, steps done twice. One row per drill.
+"""What a disturbance of a run cost: seconds in which it got no further, steps done twice. One row per drill.
 
 `make drills` has the rows written into docs/operations.md.
 """
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.metrics.tracker import read_metrics
@@ -29,7 +30,7 @@ class Row:
     """Who sees to it that the run goes on."""
     steps_again: int
     seconds: float
-    """From the disturbance until a step ended that had not ended before."""
+    """The longest time without a step that had not ended before, from the last step before the disturbance on."""
 
 
 rows: dict[str, Row] = {}
@@ -41,16 +42,18 @@ class Disturbed:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self._at = time.time()
-        self._done = max((row["step"] for row in self._steps()), default=0)
+        steps = self._steps()
+        self._at = steps[-1]["time"] if steps else time.time()
+        self._done = max((row["step"] for row in steps), default=0)
 
     def ended(self, what: str, *, by: str, user: User, peaceful: list[float]) -> None:
         """It has done all its steps: to the very losses of a run that was left in peace. Records the row."""
         assert losses(self.run) == peaceful, told(self.run)
         steps = self._steps()
         again = len(steps) - len({row["step"] for row in steps})
-        further = next(row["time"] for row in steps if row["step"] > self._done)
-        rows[what] = Row(what, by, again, further - self._at)
+        first = {row["step"]: row["time"] for row in reversed(steps) if row["step"] > self._done}
+        times = [self._at, *(first[step] for step in sorted(first))]
+        rows[what] = Row(what, by, again, max(after - before for before, after in pairwise(times)))
         assert user.cluster.job_processes() == []
 
     def _steps(self) -> list[dict]:
@@ -88,7 +91,7 @@ def write_table() -> None:
         return
     before, rest = Path(name).read_text().split(BEGIN)
     table, after = rest.split(END)
-    head = ["| what happened | who went on | steps done again | seconds until a new step |", "|---|---|---|---|"]
+    head = ["| what happened | who went on | steps done again | seconds without a new step |", "|---|---|---|---|"]
     known = {line.split(" | ")[0].removeprefix("| "): line for line in table.strip().splitlines()[len(head) :]}
     known |= {row.what: f"| {row.what} | {row.by} | {row.steps_again} | {row.seconds:.0f} |" for row in rows.values()}
     Path(name).write_text("\n".join([before + BEGIN, *head, *known.values(), END + after]))

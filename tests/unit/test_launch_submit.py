@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.launch.entry import read_secrets
-from pipeline.launch.jobs import RENDEZVOUS
+from pipeline.launch.jobs import RENDEZVOUS, jobs_of
 from pipeline.launch.rehearsal import rehearsal_of
 from pipeline.launch.slurm import PASSED_ON, PASSED_ON_BY_NAME, submitting_environment
 from pipeline.launch.submit import prepare
@@ -146,6 +146,31 @@ def test_a_packed_data_set_that_is_whole_is_not_packed_again():
     again = prepare(plan_for(profile, nodes=4), profile)
     assert not again.sbatch("pack").exists()
     assert "dependency" not in options(again.sbatch("train").read_text())
+
+
+def test_in_a_chain_every_train_job_but_the_last_leaves_the_rest_to_the_next():
+    profile = changed("default", train={"requeues": 7})
+    plan = plan_for(profile, nodes=1)
+    jobs = jobs_of(plan, profile, RunDir(Path("/runs/r")), chain=3)
+    assert [job.stage for job in jobs] == ["pack", "train", "train", "train"]
+    last_words = [next(line for line in job.setup if line.startswith("before_tasks")) for job in jobs]
+    assert last_words == ["before_tasks /runs/r 100", *["before_tasks /runs/r 7 next"] * 2, "before_tasks /runs/r 7"]
+
+
+def test_nodes_that_were_not_fit_are_excluded_from_later_jobs(tmp_path):
+    profile = changed("default", train={"exclude": ["n1", "n2"]})
+    run_dir, *_ = texts(profile)
+    run_dir.exclude("n2", "12 uncorrected ECC errors")
+    run_dir.exclude("n7", "failed")
+    pack, train = jobs_of(read_plan(run_dir.plan), profile, run_dir)
+    assert (pack.options["exclude"], train.options["exclude"]) == ("n2,n7", "n1,n2,n7")
+
+
+def test_a_floor_of_bandwidth_reaches_the_train_job_alone():
+    _, pack, train = texts(changed("default", train={"least_bus_gigabytes_per_second": 50}))
+    name = "ALST_LEAST_BUS_GIGABYTES_PER_SECOND"
+    assert exports(train)[name] == "50.0"
+    assert name not in exports(pack)
 
 
 # Rehearsals

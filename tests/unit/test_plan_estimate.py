@@ -262,6 +262,17 @@ def test_steps_of_a_time_limit_leave_room_to_start_and_to_save():
     assert estimate(planned(), time_limit_seconds=60).steps_per_time_limit == 0
 
 
+def test_a_failure_costs_half_of_what_lies_between_two_saves_and_a_save_and_a_start():
+    found = estimated("checkpoint.every_steps=6", "train.steps=100")
+    start = 120 + 2 * PARAMETERS / 2e9
+    assert found.lost_steps == 3
+    assert found.lost_seconds == 3 * found.seconds.total + found.checkpoint_seconds + start
+    assert found.to_json()["lost_by_a_failure"] == {"steps": 3, "seconds": found.lost_seconds}
+    assert estimated("checkpoint.every_steps=null", "train.steps=100").lost_steps == 50
+    assert estimated("checkpoint=null", "train.steps=100").lost_steps == 50
+    assert estimated("checkpoint.every_steps=1000", "train.steps=100").lost_steps == 50
+
+
 # How they move
 
 
