@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pipeline.metrics.tracker import read_metrics
+from pipeline.metrics.rows import read_metrics
 from tests.cluster.user import User, jobs, losses, told
 
 TABLE = "ALST_DRILLS"

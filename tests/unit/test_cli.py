@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(alst):
 
 def test_an_item_is_explained_with_the_numbers_that_the_table_adds_up(alst):
     everything = "memory.activation_checkpoint.resident_groups=0"
-    outcome = alst("plan", "llama8b", "--explain", "activation checkpoint", everything)
+    outcome = alst("plan", "llama8b", "--explain", "activation checkpoint", everything, "data.seq_len=2097152")
     assert (
         "2 bytes x 262,144 tokens x 4,096 hidden x 32 groups of layers x 8 ranks of a node = 512.00 GiB" in outcome.out
     )

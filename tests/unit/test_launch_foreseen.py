@@ -18,7 +18,7 @@ FIXED = "memory.activation_checkpoint={keep_attention: false, layers_per_group: 
 
 
 def planned(*overrides: str) -> JobPlan:
-    return plan_job(load("llama8b", overrides=[FIXED, *overrides]))
+    return plan_job(load("llama8b", overrides=[FIXED, "data.seq_len=2097152", *overrides]))
 
 
 def lasting(time: str) -> ClusterProfile:

@@ -11,11 +11,13 @@ from pipeline.recipe.load import load
 
 CHECKPOINT = "memory.activation_checkpoint"
 AUTO = f"{CHECKPOINT}={{keep_attention: auto, layers_per_group: auto, resident_groups: 0}}"
+LENGTH = "data.seq_len=2097152"
 RESIDENT = f"{CHECKPOINT}.resident_groups=auto"
 
 
 def planned(*overrides: str, recipe: str = "llama8b", asked: str = AUTO) -> JobPlan:
-    return plan_job(load(recipe, overrides=[asked, *overrides]))
+    length = [LENGTH] if recipe == "llama8b" else []
+    return plan_job(load(recipe, overrides=[asked, *length, *overrides]))
 
 
 def chosen(plan: JobPlan) -> tuple[bool, int]:
@@ -36,7 +38,7 @@ def test_the_less_host_memory_the_less_waits(host_memory_gib, expected):
 
 def test_no_combination_that_fits_is_faster():
     plan = planned("hardware.host_memory_gib=900")
-    recipe = load("llama8b", overrides=[AUTO, "hardware.host_memory_gib=900"])
+    recipe = load("llama8b", overrides=[AUTO, LENGTH, "hardware.host_memory_gib=900"])
     others = [plan_job(candidate) for candidate in combinations(recipe)]
     assert len(others) == 2 * len(GROUP_SIZES)
 
@@ -60,7 +62,7 @@ def test_where_nothing_fits_the_plan_lacks_least_and_says_so():
     plan = planned(scarce)
     assert not load_of(plan).fits
     assert missing(plan) == min(
-        missing(plan_job(one)) for one in combinations(load("llama8b", overrides=[AUTO, scarce]))
+        missing(plan_job(one)) for one in combinations(load("llama8b", overrides=[AUTO, LENGTH, scarce]))
     )
 
 

@@ -21,7 +21,8 @@ FIXED = f"{CHECKPOINT}={{offload: cpu, keep_attention: false, layers_per_group: 
 
 
 def planned(*overrides: str, recipe: str = "llama8b") -> JobPlan:
-    return plan_job(load(recipe, overrides=[FIXED, *overrides]))
+    length = ["data.seq_len=2097152"] if recipe == "llama8b" else []
+    return plan_job(load(recipe, overrides=[FIXED, *length, *overrides]))
 
 
 def residents(plan: JobPlan) -> int:
@@ -162,7 +163,7 @@ def test_a_slow_disk_makes_the_step_longer_and_a_fast_one_hides():
 
 
 def test_a_scratch_disk_that_is_too_small_does_not_fit_and_binds():
-    plan = planned(DISK, "data.seq_len=3145728", "hardware.host_memory_gib=300", "hardware.scratch_gib=100")
+    plan = planned(DISK, "data.seq_len=3145728", "hardware.host_memory_gib=330", "hardware.scratch_gib=100")
     load = load_of(plan)
     assert not load.fits
     assert load.binding == "scratch"

@@ -10,7 +10,8 @@ CHECKPOINT = "memory.activation_checkpoint"
 
 def planned(*overrides: str) -> JobPlan:
     settings = "keep_attention: true, layers_per_group: 2, resident_groups: 3, disk_groups: 3, offload_dtype: fp8"
-    return plan_job(load("llama8b", overrides=[f"{CHECKPOINT}={{offload: disk, {settings}}}", *overrides]))
+    asked = [f"{CHECKPOINT}={{offload: disk, {settings}}}", "data.seq_len=2097152"]
+    return plan_job(load("llama8b", overrides=[*asked, *overrides]))
 
 
 def test_a_saving_is_the_difference_to_the_plan_without_the_feature():
