@@ -59,9 +59,14 @@ class Stopping:
         return max(self._recent, default=self._first)
 
     def at_start(self, device: torch.device) -> Request:
-        """Before the first step, agreed. Raises UserError, on every rank, if no step can end before the job does."""
-        short = self._is_short()
-        mine = torch.tensor([self._asked(), short], dtype=torch.float64, device=device)
+        """Before the first step, agreed. Raises UserError, on every rank, if no step can end before the job does.
+
+        USR2 alone waits for that step: it may come early, and every start is to get further than the one before.
+        """
+        short, asked = self._is_short(), self._asked()
+        if asked is Request.REQUEUE and not self._queue.terminated():
+            asked = Request.NOTHING
+        mine = torch.tensor([asked, short], dtype=torch.float64, device=device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         if mine[1] and mine[0] < Request.REQUEUE:
             needed = f"{self.needed_seconds:,.0f} s" if short else "longer"

@@ -69,8 +69,15 @@ def test_a_job_in_which_no_step_can_end_is_told_so_before_the_first(tmp_path):
     with pytest.raises(UserError, match=r"one and its save take 80 s, by those before; give the job more time"):
         Job(tmp_path, ends_at=70.0, before=(50.0,)).stopping.at_start(CPU)
     job = Job(tmp_path, ends_at=70.0, before=(50.0,))
+    job.asked = job.terminated = True
+    assert job.stopping.at_start(CPU) is Request.REQUEUE, "whoever has to go anyway is started again"
+
+
+def test_a_signal_that_comes_before_the_first_step_waits_for_it(tmp_path):
+    job = Job(tmp_path, ends_at=1000.0)
     job.asked = True
-    assert job.stopping.at_start(CPU) is Request.REQUEUE, "whoever is asked to go anyway is started again"
+    assert job.stopping.at_start(CPU) is Request.NOTHING
+    assert job.steps(10) == [Request.REQUEUE]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_a_job_in_which_no_step_can_end_is_told_so_before_the_first(tmp_path):
 )
 def test_of_several_requests_the_one_that_goes_furthest_is_done(tmp_path, signal, files, request_):
     job = Job(tmp_path)
-    job.asked = signal
+    job.asked = job.terminated = signal
     for name in files:
         (tmp_path / name).touch()
     assert job.stopping.after_step() is request_
