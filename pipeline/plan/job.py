@@ -21,7 +21,7 @@ from pipeline.plan.placement import placed
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe, TiledMLP, TiledNorm
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 PACKED_FORMAT_VERSION = 3
 """Of packed data sets; one of another format is another data set."""
 
