@@ -118,7 +118,7 @@ def _store(feature: ActivationCheckpoint, offload: Offload | None, *, pinned: bo
 
 
 def _disk(offload: Offload, *, pinned: bool, checksums: bool) -> Disk:
-    if pinned:  # where there is no GPU it is all for trying, and memory may stand in for a disk
+    if pinned:  # where there is no GPU it is all for trying: on memory, or on a machine that is busy
         check_is_disk(Path(offload.scratch))
     disk = Disk(
         Path(offload.scratch),
@@ -127,7 +127,8 @@ def _disk(offload: Offload, *, pinned: bool, checksums: bool) -> Disk:
         pinned=pinned,
         checksums=checksums,
     )
-    disk.check_rate(offload.least_disk_rate)
+    if pinned:
+        disk.check_rate(offload.least_disk_rate)
     return disk
 
 

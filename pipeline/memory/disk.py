@@ -76,7 +76,10 @@ class Disk:
         self._folder, self._capacity_bytes, self._staging_bytes = folder, capacity_bytes, staging_bytes
         self._pinned, self._checksums = pinned, checksums
         self._descriptor = self._open(capacity_bytes)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="offload-disk")
+        device = torch.cuda.current_device() if pinned else None
+        self._threads = ThreadPoolExecutor(
+            THREADS, thread_name_prefix="offload-disk", initializer=_work_for, initargs=(device,)
+        )
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._writing: deque[Piece] = deque()
@@ -104,6 +107,7 @@ class Disk:
         """Raises RunError if the disk writes and reads fewer bytes per second than `least`."""
         size = whole_pages(min(PROBE_BYTES, self._capacity_bytes))
         probe = torch.frombuffer(page_memory(size), dtype=torch.uint8)
+        probe.random_()  # a disk that compresses is fast with zeros
         piece = Piece(0, size, torch.empty_like(probe, device="meta"), Slot(probe))
         began = time.monotonic()
         written = self._in_parts(piece, lambda view, offset, _: self._write_part(view, offset, None))
@@ -120,8 +124,7 @@ class Disk:
 
     def take(self, tensor: torch.Tensor) -> Piece:
         """A piece for the tensor, in a slot that it can be copied into; waits for one."""
-        while self._writing and all(future.done() for future in self._writing[0].written):
-            self._finish_oldest()
+        self._finish_written()
         slot = self._slot(tensor.nbytes)
         while slot is None and self._writing:
             self._finish_oldest()
@@ -143,6 +146,7 @@ class Disk:
         """Starts to read the piece into a slot, if one is free; whether it has."""
         if piece.read:
             return True
+        self._finish_written()
         if piece in self._writing:
             if not wait_for_slot:
                 return False
@@ -176,6 +180,15 @@ class Disk:
         if self.held_bytes == 0:
             self._end, self._holes = 0, {}
 
+    @property
+    def staged_bytes(self) -> int:
+        """Of host memory, for what is on its way."""
+        return sum(slot.memory.nbytes for slot in self._slots)
+
+    def _finish_written(self) -> None:
+        while self._writing and all(future.done() for future in self._writing[0].written):
+            self._finish_oldest()
+
     def _finish_oldest(self) -> None:
         """Waits for what has been written longest; its slot is free then."""
         piece = self._writing.popleft()
@@ -199,8 +212,7 @@ class Disk:
             self._free.remove(slot)
             return slot
         size = whole_pages(nbytes)
-        taken = sum(slot.memory.nbytes for slot in self._slots)
-        return self._new_slot(size) if taken + size <= self._staging_bytes else None
+        return self._new_slot(size) if self.staged_bytes + size <= self._staging_bytes else None
 
     def _new_slot(self, size: int) -> Slot:
         slot = Slot(host_block(size, pinned=self._pinned))
@@ -245,6 +257,12 @@ class Disk:
         )
 
 
+def _work_for(device: int | None) -> None:
+    """A thread that waits for an event of a GPU makes a context on the first one, if it is of no other."""
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
 def _free_bytes(folder: Path) -> int:
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
@@ -254,7 +272,7 @@ def check_is_disk(folder: Path) -> None:
     """Raises RunError if the folder lies in memory, as /tmp does on many nodes: it would take what it is to spare."""
     mounts = [line.split()[1:3] for line in MOUNTS.read_text().splitlines()] if MOUNTS.exists() else []
     holding = [(place, kind) for place, kind in mounts if folder.resolve().is_relative_to(place)]
-    kind = max(holding, key=lambda mount: len(mount[0]))[1] if holding else ""
+    kind = max(reversed(holding), key=lambda mount: len(mount[0]))[1] if holding else ""  # the last hides the others
     if kind in ("tmpfs", "ramfs"):
         raise RunError(
             f"{folder}: lies in memory ({kind}), and must be on a disk; set hardware.scratch (a cluster's `scratch`) "

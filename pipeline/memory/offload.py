@@ -93,7 +93,9 @@ class HostStore:
     @property
     def pinned_bytes(self) -> int:
         """Of what is reserved, what the kernel may not move."""
-        return 0 if self._arena is None else self._arena.pinned_bytes
+        if self._arena is None or not self._arena.pinned_bytes:
+            return 0
+        return self._arena.pinned_bytes + (0 if self.disk is None else self.disk.staged_bytes)
 
     @property
     def spilled_bytes(self) -> int:

@@ -159,12 +159,10 @@ class StepTimer:
         start = self._clock()
         if self._began is None:
             self._began = start
-        try:
-            yield
-            if self._synchronize is not None:
-                self._synchronize()
-        finally:
-            self._add(name, self._clock() - start)
+        yield
+        if self._synchronize is not None:
+            self._synchronize()
+        self._add(name, self._clock() - start)  # not of a phase that fails: asking its events would hide the error
 
     def _add(self, name: Phase, seconds: float) -> None:
         waits = self._take_waits()

@@ -6,6 +6,7 @@ They are the truth of a run; MLflow is a view of them.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ class Tail:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break
-                rows.append(_parse_row(self._path, number, line))
                 self._offset += len(line)
+                with suppress(DataError):  # a damaged line is passed over; `read_metrics` tells of it
+                    rows.append(_parse_row(self._path, number, line))
         return rows
 
 

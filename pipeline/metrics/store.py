@@ -52,8 +52,9 @@ def mlflow_store(uri: str | None, runs: Path) -> MlflowStore:
 
 
 def redact(text: str) -> str:
-    """Hide the user and password of any URL in a text."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    """Hide the user and password of any URL in a text, and what its query calls a secret."""
+    hidden = re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+    return re.sub(r"([?&][^=&\s]*(?:token|secret|password|key)[^=&\s]*=)[^&\s]+", r"\1***", hidden, flags=re.IGNORECASE)
 
 
 def set_environment() -> None:

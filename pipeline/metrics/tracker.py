@@ -19,7 +19,7 @@ from pipeline.plan.run_dir import RunDir
 from pipeline.recipe.schema import TrackingRecipe
 
 FIRST_RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 60.0
-FINISH_SECONDS = 30.0  # that a run waits at its end for MLflow to hear of it
+FINISH_SECONDS = 60.0  # that a run waits at its end for MLflow to hear of it
 STOPPED_SECONDS = 5.0  # if it stops because its node is wanted: others wait for it
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]

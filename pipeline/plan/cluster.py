@@ -23,7 +23,9 @@ CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 LOCAL = "local"
 """Names no profile: this machine, without a scheduler."""
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|(^|_)(KEY|AUTH|PASS|PAT|JWT|DSN|USERNAME)($|_)", re.IGNORECASE
+)
 """Variables of such a name do not belong into a profile or a job's text."""
 
 _OURS = {

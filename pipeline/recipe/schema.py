@@ -6,8 +6,9 @@ A feature that is off is null. A value `auto` is resolved by the plan and writte
 
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
@@ -420,6 +421,16 @@ class TrackingRecipe(Section):
     """null is the recipe's name."""
     upload_checkpoints: Literal["none", "last", "all"]
     """Their files, beside what is told of each: `last` once the run has ended."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and urlsplit(uri).password is not None:
+            raise ValueError(
+                "holds a password, and the recipe is copied into the run folder and to MLflow; leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (in a job: the file of `secrets`)"
+            )
+        return uri
 
 
 class Gpu(StrEnum):

@@ -76,13 +76,19 @@ def test_time_between_steps_belongs_to_no_step():
     assert run_step(timer, clock, {"forward": 2}).step_seconds == 2
 
 
-def test_a_phase_that_fails_is_timed_and_the_error_surfaces():
-    clock = Clock()
-    timer = StepTimer(clock=clock)
-    with pytest.raises(RuntimeError, match="out of memory"), timer.phase("forward"):
-        clock.now += 3
-        raise RuntimeError("out of memory")
-    assert timer.end_step().forward_seconds == 3
+def test_the_error_of_a_phase_surfaces_whatever_its_events_would_say():
+    """On a GPU what a phase that failed waited for may not be asked for: the events never came."""
+    told = iter([{}, RuntimeError("the events of this phase have not come")])
+
+    def take_waits():
+        answer = next(told)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    timer = StepTimer(take_waits=take_waits)
+    with pytest.raises(ValueError, match="its own"), timer.phase("forward"):
+        raise ValueError("its own")
 
 
 def test_a_phase_waits_for_the_device_before_it_ends():

@@ -306,10 +306,14 @@ def test_a_job_writes_no_sqlite_and_says_how_to_get_the_run_into_mlflow(run_dir,
     assert live_store(tracking(uri="http://server:5000"), run_dir, warn=warnings.append) is not None
 
 
-def test_the_environment_is_told_without_secrets_and_without_what_is_nobodys_business(monkeypatch):
+def test_the_environment_is_told_without_secrets_and_without_what_is_nobodys_business(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "canary")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary")
-    monkeypatch.setenv("LOVE_LETTER", "canary")
+    for name in ("LOVE_LETTER", "SLURM_JWT", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_USERNAME", "HF_APIKEY", "DS_PAT"):
+        monkeypatch.setenv(name, "canary")
+    (tmp_path / "secrets").write_text("# mine\nHF_FAVOURITE=canary\n")
+    monkeypatch.setenv("ALST_SECRETS", str(tmp_path / "secrets"))
+    monkeypatch.setenv("HF_FAVOURITE", "canary")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:canary@host")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     told = environment_found()
@@ -451,6 +455,6 @@ def test_uris_resolve_to_a_store_and_its_artifacts(tmp_path, monkeypatch):
 
 def test_passwords_in_urls_are_hidden():
     assert (
-        redact("see postgresql://me:pw@host/db and http://host/a@b")
-        == "see postgresql://***@host/db and http://host/a@b"
+        redact("see postgresql://me:p@w@host/db and http://host/a@b?x=1&api_token=canary")
+        == "see postgresql://***@host/db and http://host/a@b?x=1&api_token=***"
     )

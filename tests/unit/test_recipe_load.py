@@ -191,6 +191,13 @@ def test_a_file_with_a_byte_order_mark_is_read(write):
         pytest.param("train.steps=true", "True", "a valid integer", "correct train.steps", id="bool for int"),
         pytest.param("optimizer.weight_decay=true", "True", "a valid number", "correct", id="bool for float"),
         pytest.param("train.micro_batch=true", "True", "must be", "correct train.micro_batch", id="bool for one"),
+        pytest.param(
+            "tracking.uri=http://me:pw@host",
+            "holds a password",
+            "MLFLOW_TRACKING_PASSWORD",
+            "leave it out",
+            id="password",
+        ),
         pytest.param("tracking.mlflow=1", "= 1", "a valid boolean", "correct tracking.mlflow", id="int for bool"),
         pytest.param("tracking.mlflow=yes", "'yes'", "a valid boolean", "correct tracking.mlflow", id="word for bool"),
         pytest.param("name=5", "= 5", "a valid string", "correct name", id="int for string"),
