@@ -130,16 +130,18 @@ def _train(run: Callable[..., bool], plan: JobPlan, run_dir: RunDir) -> None:
 
 def _leave(run_dir: RunDir, why: str, again: bool) -> NoReturn:
     """End this process, whatever its threads do; `again`: its job is to be started again."""
-    print(f"alst: {why}", file=sys.stderr)
-    if stop.terminated_at() is not None:
-        stop.leave_mark(run_dir, stop.PREEMPTED)
-    else:
-        _tell(why)
-        if again:
-            stop.leave_mark(run_dir, why)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(stop.LEFT if again else RunError.exit_code)
+    try:
+        print(f"alst: {why}", file=sys.stderr)
+        if stop.terminated_at() is not None:
+            stop.leave_mark(run_dir, stop.PREEMPTED)
+        else:
+            _tell(why)
+            if again:
+                stop.leave_mark(run_dir, why)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where a full disk takes no last words: a process that stays holds all others
+        os._exit(stop.LEFT if again else RunError.exit_code)
 
 
 def _as_rank(work: Callable[[JobPlan, RunDir], None], plan: JobPlan, run_dir: RunDir) -> NoReturn:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ def create_mesh(sp: int, *, timeout: timedelta | None = None) -> Mesh:
     return Mesh(rank=rank, world_size=world_size, sp=sp, sp_group=own)
 
 
-def limit_collectives(mesh: Mesh, timeout: timedelta) -> None:
-    """From here on a collective that takes longer ends its process with an error."""
-    _set_pg_timeout(timeout)
-    if mesh.sp_group is not None:
-        _set_pg_timeout(timeout, mesh.sp_group)
+def limit_collectives(timeout: timedelta) -> None:
+    """From here on a collective that takes longer ends its process with an error.
+
+    In every group there is: ZeRO's are DeepSpeed's own, which makes them with torch's ten minutes.
+    """
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timeout, group)

@@ -23,7 +23,9 @@ WITHOUT_LIMIT_SECONDS = 12 * 3600.0
 """Of collectives, where stalls are not looked for. A rank that dies is noticed by Slurm."""
 
 COLLECTIVE_FACTOR = 2
-"""Collectives give up later than the watchdog, which can say why."""
+LEAVING_SECONDS = 120.0
+"""Collectives give up later than the watchdog, which can say why: so long it may take to find a stall, to write its own
+stacks (5 s) and those of others (60 s), and to leave."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Patience:
 
     def collective_seconds(self, longest_seconds: float | None) -> float:
         """After which a collective gives up."""
-        return COLLECTIVE_FACTOR * self.seconds(longest_seconds) if self.looks else WITHOUT_LIMIT_SECONDS
+        if not self.looks:
+            return WITHOUT_LIMIT_SECONDS
+        return COLLECTIVE_FACTOR * self.seconds(longest_seconds) + LEAVING_SECONDS
 
 
 def patience_of(plan: JobPlan, *, packed: Path | None = None) -> Patience:

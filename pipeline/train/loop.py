@@ -34,6 +34,12 @@ class Reporting:
     tracker: Tracker
     progress: ProgressLine | None
 
+    def step(self, record: StepRecord) -> None:
+        """One that has ended."""
+        self.tracker.log_step(record)
+        if self.progress is not None:
+            self.progress.step(record)
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -83,6 +89,7 @@ def train(
                 break
             losses = recorder.token_losses()
             micro_batches = [_inputs(micro_batch, trainee, loader, losses) for micro_batch in batch.micro_batches]
+        watch.stopping.before_step()
         watch.heartbeat.step = batch.step + 1
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
         result = run_step(
@@ -96,10 +103,10 @@ def train(
         )
         watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
-        record = _watched(recorder.record(batch, result, rate), trainee, watch, recorder)
-        reporting.tracker.log_step(record)
-        if reporting.progress is not None:
-            reporting.progress.step(record)
+        record = replace(recorder.record(batch, result, rate), loss_spike=watch.spikes.saw(result.loss))
+        if not _stop(result.request):  # whoever has to go needs the time for the save
+            record = _evaluated(record, trainee, watch, recorder)
+        reporting.step(record)
         if batch.step + 1 < trainee.plan.recipe.train.steps:
             ended_by = _stop(result.request)
         if checkpointer.due(batch.step + 1, asked=result.request >= Request.SAVE):
@@ -108,8 +115,7 @@ def train(
         if result.request >= Request.SAVE:
             watch.stopping.saved()
         _tell(checkpointer, reporting)
-        patience = watch.patience.collective_seconds(watch.stopping.longest_seconds)
-        limit_collectives(trainee.mesh, timedelta(seconds=patience))
+        limit_collectives(timedelta(seconds=watch.patience.collective_seconds(watch.stopping.longest_seconds)))
     watch.heartbeat.beat("last save")
     try:
         checkpointer.finish()
@@ -145,9 +151,8 @@ def _inputs(batch: Batch, trainee: Trainee, loader: PackedLoader, losses: TokenL
     return inputs
 
 
-def _watched(record: StepRecord, trainee: Trainee, watch: Watch, recorder: Recorder) -> StepRecord:
-    """The record with what was found after the step: whether its loss is a spike, the held-out loss if it is due."""
-    record = replace(record, loss_spike=watch.spikes.saw(record.loss))
+def _evaluated(record: StepRecord, trainee: Trainee, watch: Watch, recorder: Recorder) -> StepRecord:
+    """The record with the held-out loss, if it is due."""
     if watch.held_out is None or not is_due(trainee.plan, record.step):
         return record
     evaluation = evaluate(trainee, watch.held_out)

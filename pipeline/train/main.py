@@ -34,7 +34,7 @@ from pipeline.metrics.spikes import SpikeDetector
 from pipeline.metrics.summary import print_summary, summarize
 from pipeline.metrics.tracker import RunStatus, Tracker, open_tracker
 from pipeline.model.build import build_model, check_shape, transformers_config
-from pipeline.parallel.mesh import Mesh, create_mesh
+from pipeline.parallel.mesh import Mesh, create_mesh, limit_collectives
 from pipeline.plan.estimate import estimate
 from pipeline.plan.job import JobPlan
 from pipeline.plan.patience import patience_of
@@ -85,6 +85,7 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     )
     attached = attach_features(model, plan)
     engine = create_engine(model, plan, attached, load_universal=resume is not None and resume.universal)
+    limit_collectives(timeout)  # of the engine's groups too
     trainee = Trainee(engine, plan, mesh, attention.kernel, device)
     loader = _loader(plan, mesh, dataset, start=Cursor() if resume is None else resume.cursor)
     _tell_start(trainee, attention, dataset, loader, held_out)
@@ -102,15 +103,14 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     spikes = SpikeDetector([row["loss"] for row in before if row["loss"] is not None])
     watch = Watch(guard, spikes, held_out, stopping, heartbeat, patience)
     tracker = _tracker(plan, run_dir, mesh, dataset, resume)
-    with Watchdog(heartbeat, patience, stopping, queue, run_dir, rank=mesh.rank).watching():
-        outcome = _train(trainee, loader, attached, watch, checkpointer, tracker, run_dir)
+    watchdog = Watchdog(heartbeat, patience, stopping, queue, run_dir, rank=mesh.rank)
+    outcome = _train(trainee, loader, attached, watch, watchdog, checkpointer, tracker, run_dir)
     if outcome.peak_host_rss_bytes:
         _tell_memory(plan, outcome, mesh)
     if outcome.ended_by:
         _say(mesh, _stopped(outcome, plan))
     elif mesh.rank == 0:
         _summary(plan, run_dir, dataset, tracker)
-    dist.barrier()  # the process ends hard after this: no rank may leave while another still needs it
     return outcome.ended_by is Request.REQUEUE
 
 
@@ -119,11 +119,15 @@ def _train(
     loader: PackedLoader,
     attached: Attached,
     watch: Watch,
+    watchdog: Watchdog,
     checkpointer: Checkpointer,
     tracker: Tracker,
     run_dir: RunDir,
 ) -> Outcome:
-    """`train`, with what was recorded plotted and the tracker closed, however it ends."""
+    """`train`, with what was recorded plotted and the tracker closed, however it ends.
+
+    For that nobody waits but rank 0, without a watchdog: uploads may take hours.
+    """
     mesh = trainee.mesh
     status: RunStatus = "FAILED"
     failed: NotFiniteError | NotSavedError | None = None
@@ -131,7 +135,9 @@ def _train(
     try:
         progress = ProgressLine(trainee.plan.recipe.train.steps) if mesh.rank == 0 else None
         reporting = Reporting(tracker, progress)
-        outcome = train(trainee, loader, attached, watch, checkpointer, reporting)
+        with watchdog.watching():
+            outcome = train(trainee, loader, attached, watch, checkpointer, reporting)
+            dist.barrier()  # each process ends hard: none may leave while another still needs it
         status = "KILLED" if outcome.ended_by else "FINISHED"
     except (NotFiniteError, NotSavedError) as error:
         failed = error

@@ -47,6 +47,8 @@ class Stopping:
         self._first = 0.0
         self._began: float | None = None
         """The step under way, with whatever followed the one before."""
+        self._is_under_way = False
+        """Between two steps the ranks agree, evaluate and save; whether there is another step is not known yet."""
 
     @property
     def needed_seconds(self) -> float | None:
@@ -77,6 +79,10 @@ class Stopping:
         self._began = self._clock()
         return Request(int(mine[0]))
 
+    def before_step(self) -> None:
+        """There is another step, and it begins."""
+        self._is_under_way = True
+
     def after_step(self) -> Request:
         """What this rank asks for, once at the end of each step."""
         now = self._clock()
@@ -85,6 +91,7 @@ class Stopping:
         elif self._began is not None:
             self._recent.append(now - self._began)
         self._began = now
+        self._is_under_way = False
         self._steps += 1
         return max(self._asked(), Request.REQUEUE if self._is_short() else Request.NOTHING)
 
@@ -95,13 +102,14 @@ class Stopping:
                 self._run_dir.save_switch.unlink(missing_ok=True)
 
     def is_in_vain(self) -> bool:
-        """Whether the step under way cannot end before this process is killed. Asked from a thread."""
+        """Whether the step under way, or the save after it, cannot end before this process is killed. Asked from a
+        thread."""
         left = self._queue.seconds_left()
         if left is None or self._began is None or not (self._saves or self._queue.terminated()):
             return False
         if left < LEAVE_SECONDS:
             return True
-        if not self._queue.terminated():
+        if not self._is_under_way or not self._queue.terminated():
             return False
         remaining = self._longest - (self._clock() - self._began)
         return left < remaining + self._save_seconds()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Sign:
     rank: int
     host: str
     pid: int
+    born: int
+    """When the process began, in ticks since its node did: another may have its number since."""
     beats: int
     step: int
     where: str
@@ -70,10 +73,11 @@ class Watchdog:
         self._patience = patience
         self._stopping = stopping
         self._queue = queue
-        self._signs = run_dir.heartbeats
-        self._stacks = run_dir.stacks(
-            job=os.environ.get("SLURM_JOB_ID", "local"), restart=int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        )
+        self._folder = run_dir.heartbeats
+        job, restart = os.environ.get("SLURM_JOB_ID", "local"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._stacks = run_dir.stacks(job=job, restart=restart)
+        self._start = f"job {job}, restart {restart}, {os.environ.get('WORLD_SIZE', '1')} ranks"
+        """What an earlier start of the run wrote is not of these ranks."""
         self._rank = rank
         self._ended = threading.Event()
         self._wrote = 0.0
@@ -82,6 +86,7 @@ class Watchdog:
     def watching(self) -> Iterator[None]:
         """Looks for as long as the block lasts."""
         self._heartbeat.beat("start")
+        self._write()
         faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
         thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         thread.start()
@@ -93,11 +98,17 @@ class Watchdog:
             faulthandler.unregister(DUMP_SIGNAL)
 
     def _look(self) -> None:
+        has_failed = False
         while not self._ended.wait(LOOK_SECONDS):
-            if self._stopping.is_in_vain():
-                self._leave_in_vain()
-            if self._patience.looks:
-                self._look_for_a_stall()
+            try:
+                if self._stopping.is_in_vain():
+                    self._leave_in_vain()
+                if self._patience.looks:
+                    self._look_for_a_stall()
+            except Exception:  # whatever it is: nobody else would end a job that stands still
+                if not has_failed:
+                    traceback.print_exc()
+                has_failed = True
 
     def _leave_in_vain(self) -> None:
         again = self._stopping.got_on or self._queue.terminated()
@@ -111,7 +122,7 @@ class Watchdog:
         if self._silent_seconds() <= allowed:
             return
         self._write()
-        if all(sign.silent_seconds + sign.age_seconds > allowed for sign in _read_signs(self._signs)):
+        if all(sign.silent_seconds + sign.age_seconds > allowed for sign in self._signs()):
             self._end_the_stall(allowed)
 
     def _end_the_stall(self, allowed: float) -> None:
@@ -121,7 +132,7 @@ class Watchdog:
         if self._heartbeat.beats != beats or self._ended.is_set():
             return  # it went on
         self._write()
-        signs = _read_signs(self._signs)
+        signs = self._signs()
         behind = _behind(signs, silent_seconds=_write_seconds(allowed) + 2 * DUMP_SECONDS)
         if self._rank == min((s.rank for s in signs if s.host == HOST and s not in behind), default=None):
             for sign in behind:
@@ -130,6 +141,9 @@ class Watchdog:
         named = "; ".join(str(sign) for sign in behind)
         told = f"stalled: no rank got on for {self._silent_seconds():.0f} s; {named}; stacks are in {self._stacks}"
         self._queue.leave(told, True)
+
+    def _signs(self) -> list[Sign]:
+        return read_signs(self._folder, start=self._start)
 
     def _silent_seconds(self) -> float:
         return time.monotonic() - self._heartbeat.at
@@ -143,9 +157,10 @@ class Watchdog:
 
     def _write(self) -> None:
         mine = self._heartbeat
-        row = {"rank": self._rank, "host": HOST, "pid": os.getpid(), "beats": mine.beats}
+        row: dict[str, Any] = {"start": self._start, "born": _born(os.getpid())}
+        row |= {"rank": self._rank, "host": HOST, "pid": os.getpid(), "beats": mine.beats}
         row |= {"step": mine.step, "where": mine.where, "silent_seconds": self._silent_seconds()}
-        path = self._signs / f"rank{self._rank}.json"
+        path = self._folder / f"rank{self._rank}.json"
         with suppress(OSError):  # a full disk is no stall
             path.parent.mkdir(exist_ok=True)
             temporary = path.with_suffix(".partial")
@@ -159,12 +174,14 @@ def _write_seconds(allowed: float) -> float:
     return min(LONGEST_WRITE_SECONDS, allowed / WRITES_PER_STALL)
 
 
-def _read_signs(folder: Path) -> list[Sign]:
-    """What ranks wrote last, in order; how old it is by the clock of the disk, which is one for all nodes."""
+def read_signs(folder: Path, *, start: str) -> list[Sign]:
+    """What the ranks of this start wrote last, in order; how old it is by the clock of the disk, one for all nodes."""
     found: list[tuple[float, dict[str, Any]]] = []
     for path in folder.glob("rank*.json"):
         with suppress(OSError, ValueError):
-            found.append((path.stat().st_mtime, json.loads(path.read_text())))
+            row = json.loads(path.read_text())
+            if row.pop("start", None) == start:
+                found.append((path.stat().st_mtime, row))
     newest = max((written for written, _ in found), default=0.0)
     signs = [Sign(**row, age_seconds=newest - written) for written, row in found]
     return sorted(signs, key=lambda sign: sign.rank)
@@ -177,9 +194,17 @@ def _behind(signs: list[Sign], *, silent_seconds: float) -> list[Sign]:
     return [sign for sign in signs if sign.beats == min(sign.beats for sign in signs)]
 
 
+def _born(pid: int) -> int:
+    """In ticks since the node began: the 22nd field of its stat, of which the 2nd may hold anything in brackets."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
 def _dump_another(sign: Sign, path: Path) -> None:
     """Whatever can be learned of a process of this node from outside."""
-    with suppress(OSError), _stack_file_at(path) as file:
+    with suppress(OSError, subprocess.SubprocessError), _stack_file_at(path) as file:
+        if _born(sign.pid) != sign.born:
+            file.write("this process is no more; another has its number\n")
+            return
         for name in ("status", "wchan"):
             told = Path(f"/proc/{sign.pid}/{name}").read_text()
             file.write("".join(line for line in told.splitlines(keepends=True) if ":" not in line or "State" in line))

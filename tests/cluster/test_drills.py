@@ -53,7 +53,7 @@ def ends_well(user, run: Path) -> None:
 
 
 def test_a_rank_that_stands_still_is_named_and_the_job_goes_on(user, two_ranks):
-    run = begun(user, "train.stall_seconds=10")
+    run = begun(user, "train.stall_seconds=60")
     stopped, disturbed = rank(user, 1), Disturbed(run)
     os.kill(stopped, signal.SIGSTOP)
     ends_well(user, run)

@@ -25,7 +25,7 @@ def test_patience_grows_with_the_step_that_is_foreseen_or_seen_and_is_longer_for
     assert patience.seconds(None) == 4 * 3 * one > 4 * LEAST_SECONDS
     assert patience.seconds(1.0) == 3 * one
     assert patience.seconds(2 * one) == 6 * one
-    assert patience.collective_seconds(1.0) == 6 * one, "the watchdog comes first, it can say why"
+    assert patience.collective_seconds(1.0) == 6 * one + 120, "the watchdog comes first, it can say why"
 
 
 def test_a_short_step_is_given_the_time_that_a_file_server_may_take():
@@ -37,6 +37,7 @@ def test_a_short_step_is_given_the_time_that_a_file_server_may_take():
 def test_the_recipe_may_say_how_long_or_that_nobody_looks():
     told = patience_of(planned("tiny", "train.stall_seconds=20"))
     assert (told.seconds(None), told.seconds(1000.0)) == (80, 20)
+    assert told.collective_seconds(1000.0) == 40 + 120, "however short a stall is, its stacks take their time"
     never = patience_of(planned("tiny", "train.stall_seconds=null"))
     assert not never.looks
     assert never.collective_seconds(1.0) == 12 * 3600

@@ -31,6 +31,7 @@ class Job:
     def steps(self, *seconds: float) -> list[Request]:
         found = []
         for one in seconds:
+            self.stopping.before_step()
             self.now += one
             found.append(self.stopping.after_step())
         return found
@@ -105,11 +106,39 @@ def test_after_sigterm_with_less_grace_than_the_step_needs_the_process_leaves_at
     job = Job(tmp_path)
     job.stopping.at_start(CPU)
     job.steps(100, 100, 100)
+    job.stopping.before_step()
     job.now += 40  # 60 of the step and 10 of its save are left
     assert not job.stopping.is_in_vain()
     job.terminated, job.ends_at = True, job.now + 71
     assert not job.stopping.is_in_vain()
     job.ends_at = job.now + 69
+    assert job.stopping.is_in_vain()
+
+
+def test_what_a_preempted_job_saves_between_two_steps_is_given_all_of_the_grace(tmp_path):
+    job = Job(tmp_path)
+    job.stopping.at_start(CPU)
+    job.steps(100, 100)
+    job.stopping.before_step()
+    job.now += 90
+    job.asked, job.terminated, job.ends_at = True, True, job.now + 40
+    assert not job.stopping.is_in_vain()
+    job.now += 10
+    assert job.stopping.after_step() is Request.REQUEUE
+    assert not job.stopping.is_in_vain(), "there is no next step, whose 100 s would not fit into 30"
+    job.now = job.ends_at - LEAVE_SECONDS - 1
+    assert not job.stopping.is_in_vain()
+    job.now += 2
+    assert job.stopping.is_in_vain()
+
+
+def test_of_a_step_that_ended_before_the_signal_came_nobody_leaves_until_the_next_begins(tmp_path):
+    job = Job(tmp_path)
+    job.stopping.at_start(CPU)
+    assert job.steps(100, 100) == [Request.NOTHING] * 2
+    job.asked, job.terminated, job.ends_at = True, True, job.now + 30
+    assert not job.stopping.is_in_vain(), "another rank may have heard of it in time"
+    job.stopping.before_step()
     assert job.stopping.is_in_vain()
 
 
