@@ -60,9 +60,9 @@ preempted() {
 
 # The newest checkpoint; step-0 if there is none.
 newest_step() {
-    local steps
-    mapfile -t steps < <(ls "$alst_run/checkpoints" 2> /dev/null | grep '^step-[0-9]*$')
-    echo "${steps[-1]:-step-0}"
+    local step
+    step="$(ls "$alst_run/checkpoints" 2> /dev/null | grep '^step-[0-9]*$' | tail -n 1)"
+    echo "${step:-step-0}"
 }
 
 # STEP: three times on end this job came back, not by preemption, and it has got no further than it was then.

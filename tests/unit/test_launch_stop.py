@@ -141,6 +141,7 @@ def test_a_job_that_gets_no_further_is_given_up_and_one_that_was_preempted_is_no
 
     assert [again("stalled")[0] for _ in range(4)] == [True, True, True, False]
     assert "alst: stalled; this job was started again 3 times, and no checkpoint is newer than step-0" in again("x")[1]
+    assert "job.sh: line" not in (run_dir.path / "err").read_text()
     assert again(stop.PREEMPTED)[0]
     assert again("stalled")[0], "the last three are not all its own"
     run_dir.requeues.unlink()
