@@ -10,8 +10,18 @@ alst_errors="$(readlink -f "/proc/$$/fd/2")"
 alst_errors_before="$(stat -c %s "$alst_errors" 2> /dev/null || echo 0)"
 trap : TERM USR2 # the tasks get them too, and this script has to outlive them
 
+# COMMAND: until it succeeds, for two minutes and more: a controller that starts anew does not answer for a while.
+patiently() {
+    local attempt
+    for attempt in {1..12}; do
+        if "$@"; then return 0; fi
+        sleep 10
+    done
+    return 1
+}
+
 export ALST_JOB_END ALST_GRACE_SECONDS
-ALST_JOB_END="$(end="$(squeue --noheader --jobs="$alst_job" --format=%e)" # N/A without a limit
+ALST_JOB_END="$(end="$(patiently squeue --noheader --jobs="$alst_job" --format=%e)" # N/A without a limit
     case "$end" in [0-9]*) date -d "$end" +%s ;; esac)"
 ALST_GRACE_SECONDS="$(scontrol show partition "$SLURM_JOB_PARTITION" | sed -n 's/.*GraceTime=\([1-9][0-9]*\).*/\1/p')"
 if [ -z "$ALST_GRACE_SECONDS" ]; then
@@ -24,28 +34,65 @@ launch_failed() {
         grep -qE '^srun: error: (Application launch failed|Task launch for .* failed|Unable to create step)'
 }
 
-# NODE SINCE: it does not answer, was taken out, or its machine has started anew since then.
-node_failed() {
+# NODE SINCE: "failed" if it does not answer or was taken out, "rebooted" if its machine has started anew since then.
+node_trouble() {
     local told state booted
     told="$(scontrol show node "$1" --oneliner)"
     state="$(sed -n 's/.* State=\([^ ]*\).*/\1/p' <<< "$told")"
     booted="$(sed -n 's/.* BootTime=\([0-9][^ ]*\).*/\1/p' <<< "$told")"
-    case "$state" in *DOWN* | *FAIL* | *NOT_RESPONDING* | *'*'*) return 0 ;; esac
-    [ -n "$booted" ] && [ "$(date -d "$booted" +%s)" -gt "$2" ]
+    case "$state" in # one that is POWERED_DOWN saves power
+        DOWN | DOWN[+*]* | *FAIL* | *NOT_RESPONDING* | *'*'*) echo failed ;;
+        *) if [ -n "$booted" ] && [ "$(date -d "$booted" +%s)" -gt "$2" ]; then echo rebooted; fi ;;
+    esac
+}
+
+# BAD NODES: how many of a start's nodes; so many have a cause that they share, and other nodes may share it too.
+share_a_cause() { [ "$1" -gt 1 ] && [ "$((2 * $1))" -ge "$2" ]; }
+
+# Slurm took this start away for the sake of another job.
+preempted() {
+    local told at since
+    told="$(patiently scontrol show job "$alst_job")"
+    at="$(sed -n 's/.* PreemptTime=\([0-9][^ ]*\).*/\1/p' <<< "$told")"
+    since="$(sed -n 's/.* StartTime=\([0-9][^ ]*\).*/\1/p' <<< "$told")"
+    [ -n "$at" ] && [[ ! "$at" < "$since" ]]
+}
+
+# The newest checkpoint; step-0 if there is none.
+newest_step() {
+    local step
+    step="$(ls "$alst_run/checkpoints" 2> /dev/null | grep '^step-[0-9]*$' | tail -n 1)"
+    echo "${step:-step-0}"
+}
+
+# STEP: three times on end this job came back, not by preemption, and it has got no further than it was then.
+is_stuck() {
+    local rows
+    rows="$(grep -sF " job $alst_job: " "$alst_run/slurm/requeues" | tail -n 3 | grep -v ': preempted$')"
+    [ "$(grep -cF " $1 job " <<< "$rows")" = 3 ]
+}
+
+# WHY: the job has failed; the remedy comes last. Ends the script.
+give_up() {
+    echo "alst: $*, and go on with \`alst resume $(basename "$alst_run")\`" >&2
+    exit 1
 }
 
 # REASON CODE: put the job back, without the nodes that failed; or say why not. Ends the script.
 requeue() {
-    local excluded before
+    local excluded before step
+    step="$(newest_step)"
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$alst_requeues" ]; then
-        echo "alst: $1; requeues = $alst_requeues in the cluster's profile, and this job was started again" \
-            "${SLURM_RESTART_COUNT:-0} times: raise it there, and go on with \`alst resume $(basename "$alst_run")\`" >&2
-        exit 1
+        give_up "$1; requeues = $alst_requeues in the cluster's profile, and this job was started again" \
+            "${SLURM_RESTART_COUNT:-0} times: raise it there"
+    fi
+    if [ "$1" != preempted ] && is_stuck "$step"; then
+        give_up "$1; this job was started again 3 times, and no checkpoint is newer than $step: mend the cause"
     fi
     rm -f "$alst_run/slurm/nodes-$SLURM_JOB_ID"
-    echo "$(date '+%Y-%m-%d %H:%M:%S') job $alst_job: $1" >> "$alst_run/slurm/requeues"
+    echo "$(date '+%Y-%m-%d %H:%M:%S') $step job $alst_job: $1" >> "$alst_run/slurm/requeues"
     trap '' TERM # requeued means ended here; what is left to say is said by processes that inherit this
-    scontrol requeue "$alst_job" || exit 1 # a job that cannot go on has failed
+    patiently scontrol requeue "$alst_job" || exit 1 # a job that cannot go on has failed
     if [ -s "$alst_run/slurm/excluded" ]; then
         excluded="$(cut -d' ' -f1 "$alst_run/slurm/excluded" | sort -u | paste -sd,)"
         before="$(scontrol show job "$alst_job" | sed -n 's/.* ExcNodeList=\([^( ][^ ]*\).*/\1/p')"
@@ -56,13 +103,32 @@ requeue() {
 
 # SINCE OFFSET NODES: those of an earlier start that failed; srun names what it has lost, and may be lost itself.
 failed_nodes() {
-    local node lost=
+    local node lost= number=0 rebooted=()
     if [ -f "$alst_errors" ]; then
         lost="$(tail -c "+$(($2 + 1))" "$alst_errors" | sed -n 's/^srun: error: Node failure on \([^ ]*\).*/\1/p')"
     fi
     for node in $lost; do scontrol show hostnames "$node"; done
     for node in $(scontrol show hostnames "$3"); do
-        if node_failed "$node" "$1"; then echo "$node"; fi
+        number="$((number + 1))"
+        case "$(node_trouble "$node" "$1")" in
+            failed) echo "$node" ;;
+            rebooted) rebooted+=("$node") ;;
+        esac
+    done
+    # The job may have waited while all were maintained.
+    if [ "$((2 * ${#rebooted[@]}))" -lt "$number" ]; then printf '%s\n' "${rebooted[@]}"; fi
+}
+
+# SINCE OFFSET NODES: no later job of the run gets those of an earlier start that failed.
+exclude_failed() {
+    local node failed
+    mapfile -t failed < <(failed_nodes "$@" | grep . | sort -u)
+    if share_a_cause "${#failed[@]}" "$(scontrol show hostnames "$3" | wc -l)"; then
+        echo "${failed[*]} failed together under job $alst_job: none is excluded"
+        return
+    fi
+    for node in "${failed[@]}"; do
+        echo "$node $(date '+%Y-%m-%d %H:%M:%S') failed under job $alst_job" >> "$alst_run/slurm/excluded"
     done
 }
 
@@ -71,21 +137,32 @@ before_tasks() {
     alst_run="$1" alst_requeues="$2" alst_next="${3:-}"
     if [ -s "$began" ]; then # Slurm itself ended the start before: a node failed, a preemption, scontrol requeue
         read -r since offset nodes < "$began"
-        for node in $(failed_nodes "$since" "$offset" "$nodes" | sort -u); do
-            echo "$node $(date '+%Y-%m-%d %H:%M:%S') failed under job $alst_job" >> "$alst_run/slurm/excluded"
-        done
+        exclude_failed "$since" "$offset" "$nodes"
         if [ "${SLURM_RESTART_COUNT:-0}" -gt "$alst_requeues" ]; then requeue "ended by Slurm" 1; fi
-        for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-            if grep -qs "^$node " "$alst_run/slurm/excluded"; then requeue "node $node failed before" 1; fi
-        done
     fi
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        if grep -qs "^$node " "$alst_run/slurm/excluded"; then requeue "node $node failed before" 1; fi
+    done
+    rm -f "$alst_run/slurm/requeue-$SLURM_JOB_ID" # of a start that Slurm ended
     echo "$(date +%s) $alst_errors_before $SLURM_JOB_NODELIST" > "$began"
+    alst_excluded_before="$(cat "$alst_run/slurm/excluded" 2> /dev/null | wc -l)"
+}
+
+# REASON: ends the script where the nodes that this start found unfit share a cause; they would all go, one by one.
+check_excluded() {
+    local excluded="$alst_run/slurm/excluded" unfit
+    unfit="$(tail -qn "+$((alst_excluded_before + 1))" "$excluded" 2> /dev/null | cut -d' ' -f1 | sort -u | wc -l)"
+    if share_a_cause "$unfit" "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | wc -l)"; then
+        sed -i "$((alst_excluded_before + 1)),\$d" "$excluded"
+        give_up "$1; $unfit nodes of this start are not fit, so that none is excluded: mend what they share"
+    fi
 }
 
 after_tasks() {
-    local code="$1" mark="$alst_run/slurm/requeue-$SLURM_JOB_ID" reason=
+    local code="$1" mark="$alst_run/slurm/requeue-$SLURM_JOB_ID" reason= state
     # Slurm ends it: a node failed, it was cancelled, its time is over. Requeued by us it would come back to life.
-    if [ "$(squeue --noheader --jobs="$alst_job" --format=%T)" != RUNNING ]; then
+    state="$(patiently squeue --noheader --jobs="$alst_job" --format=%T)" || state=RUNNING
+    if [ "$state" != RUNNING ]; then
         rm -f "$mark"
         exit "$code"
     fi
@@ -95,11 +172,14 @@ after_tasks() {
         rm -f "$mark"
     elif [ "$code" != 0 ] && launch_failed; then
         reason="its tasks could not be launched"
+    elif [ "$code" != 0 ]; then
+        reason=preempted # a task that does not listen is ended by it
     fi
     if [ -z "$reason" ]; then exit "$code"; fi
     # All tasks ended well, saved: the next job of the chain has waited long enough.
     if [ -n "$alst_next" ] && [ "$code" = 0 ]; then exit 0; fi
     # SIGTERM has other causes.
-    if [ "$reason" = preempted ] && ! scontrol show job "$alst_job" | grep -q 'PreemptTime=[0-9]'; then exit "$code"; fi
+    if [ "$reason" = preempted ] && ! preempted; then exit "$code"; fi
+    check_excluded "$reason"
     requeue "$reason" "$code"
 }

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 from pipeline.plan.run_dir import RunDir
@@ -56,9 +57,13 @@ def reason() -> str:
 
 
 def leave_mark(run_dir: RunDir, why: str) -> None:
-    """For the batch script, which waits outside for the tasks to end; nobody does where there is no Slurm."""
+    """For the batch script, which waits outside for the tasks to end; nobody does where there is no Slurm.
+
+    The first is the cause. Those that come after it leave because Slurm ends them as soon as one has left.
+    """
     if job := os.environ.get("SLURM_JOB_ID"):
-        run_dir.requeue_mark(job).write_text(f"{why}\n", encoding="utf-8")
+        with suppress(FileExistsError), run_dir.requeue_mark(job).open("x", encoding="utf-8") as mark:
+            mark.write(f"{why}\n")
 
 
 def _handle(number: int, _: FrameType | None) -> None:

@@ -13,6 +13,9 @@ from pipeline.files import replaced, write_json
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.load import dump
 
+LOCK_SECONDS = 180
+"""How long a file server may keep the lock of a node that failed; a job that was started again waits for it."""
+
 _held: list[TextIO] = []
 """Lock files of this process; closing one would give its lock back."""
 
@@ -204,9 +207,10 @@ class RunDir:
     def hold(self) -> None:
         """Be the only job that trains into this folder, until this process ends. Raises UserError if there is one.
 
-        The kernel gives the lock back however a process ends; on a shared disk the file server does.
+        The kernel gives the lock back however a process ends; on a shared disk the file server does, after a while.
         """
-        file = self._locked()
+        started_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        file = self._locked(patience_seconds=LOCK_SECONDS if started_again else 0)
         file.truncate(0)
         job = os.environ.get("SLURM_JOB_ID")
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -218,10 +222,10 @@ class RunDir:
         """Raises UserError if a job trains into this folder now."""
         self._locked().close()
 
-    def _locked(self) -> TextIO:
+    def _locked(self, *, patience_seconds: float = 0) -> TextIO:
         file = self.lock.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, time.monotonic() + patience_seconds)
         except BlockingIOError:
             with file:
                 file.seek(0)
@@ -239,6 +243,17 @@ class RunDir:
         with replaced(self.recipe) as temporary:
             temporary.write_text(dump(plan.recipe), encoding="utf-8")
         write_json(self.plan, plan.to_json())
+
+
+def _lock(file: TextIO, deadline: float) -> None:
+    """Raises BlockingIOError if another process has it, still at the deadline."""
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(1)
 
 
 def create_run_dir(plan: JobPlan) -> RunDir:

@@ -38,11 +38,17 @@ lock(mutex), lock(mutex)  # in C for ever, as when it waits for a GPU: no signal
 """
 
 SLURM = """
-squeue() {{ case "$*" in *%e*) echo 2026-01-01T00:00:00 ;; *) echo {state} ;; esac; }}
+sleep() {{ :; }}
+silent() {{ [ "{state}" = SILENT ]; }}
+squeue() {{ case "$*" in *%e*) echo 2026-01-01T00:00:00 ;; *) if silent; then return 1; fi; echo {state} ;; esac; }}
 scontrol() {{
     case "$*" in
+    requeue*) echo "scontrol $*"; if silent && [ ! -e asked ]; then touch asked; return 1; fi ;;
     "show partition"*) echo "   MaxTime=UNLIMITED GraceTime=15 Hidden=NO" ;;
-    "show job"*) echo "   PreemptTime={preempted}"; echo "   ReqNodeList=(null) ExcNodeList=n9" ;;
+    "show job"*)
+        printf '   %s\\n' StartTime=2026-01-01T00:00:00 PreemptTime={preempted} "ReqNodeList=(null) ExcNodeList=n9" ;;
+    "show node n4"*) echo "NodeName=n4 State=DOWN+DRAIN BootTime=2020-01-01T00:00:00" ;;
+    "show node r"*) echo "NodeName=$3 State=IDLE+POWERED_DOWN BootTime=2100-01-01T00:00:00" ;;
     "show node n2"*) echo "NodeName=n2 State=DOWN* BootTime=2020-01-01T00:00:00 Reason=x" ;;
     "show node"*) echo "NodeName=n1 State=IDLE BootTime=2020-01-01T00:00:00 Reason=it was DOWN*" ;;
     "show hostnames"*) echo "$3" | tr , "\\n" ;;
@@ -65,6 +71,7 @@ after_tasks "$?"
     with errors.open("a") as file:
         done = subprocess.run(
             ["bash", "-c", text],
+            cwd=run_dir.path,
             env=os.environ | variables,
             stdout=subprocess.PIPE,
             stderr=file,
@@ -72,6 +79,10 @@ after_tasks "$?"
             check=False,
         )
     return done.returncode, errors.read_text(), done.stdout.splitlines()
+
+
+def mark(run_dir: RunDir, why: str) -> str:
+    return f"echo {why} > '{run_dir.requeue_mark('7')}'"
 
 
 @pytest.fixture
@@ -93,15 +104,51 @@ def test_a_signal_is_noted_while_the_main_thread_does_not_run_python():
 @pytest.mark.parametrize(
     ("why", "code", "asked"), [("told so", 0, ["scontrol requeue 7"]), (None, 0, []), (None, 3, [])]
 )
-def test_a_job_that_left_a_mark_is_requeued_and_a_failure_stays_one(run_dir, monkeypatch, why, code, asked):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    if why is not None:
-        stop.leave_mark(run_dir, why)
-    assert run_job(run_dir, f"exit {code}")[::2] == (code, asked)
+def test_a_job_that_left_a_mark_is_requeued_and_a_failure_stays_one(run_dir, why, code, asked):
+    run_dir.requeue_mark("7").write_text("of a start that Slurm ended")
+    assert run_job(run_dir, f"{mark(run_dir, why) if why else ':'}; exit {code}")[::2] == (code, asked)
     assert not run_dir.requeue_mark("7").exists()
     assert run_dir.requeues.exists() is (why is not None)
     if why is not None:
         assert run_dir.requeues.read_text().endswith(" job 7: told so\n")
+
+
+def test_the_first_who_leaves_says_why(run_dir, monkeypatch):
+    """Slurm ends the others then; they take that for a preemption."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for why in ("stalled", stop.PREEMPTED):
+        stop.leave_mark(run_dir, why)
+    assert run_dir.requeue_mark("7").read_text() == "stalled\n"
+
+
+def test_a_task_that_preemption_ended_unheard_comes_back(run_dir):
+    """One of packing: it leaves no mark."""
+    later = "2026-01-01T00:00:09"
+    assert run_job(run_dir, "exit 143", preempted=later)[::2] == (143, ["scontrol requeue 7"])
+    assert run_job(run_dir, "exit 0", preempted=later)[::2] == (0, [])
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(run_dir):
+    code, _, asked = run_job(run_dir, mark(run_dir, "stalled"), state="SILENT")
+    assert (code, asked) == (0, ["scontrol requeue 7"] * 2)
+
+
+def test_a_job_that_gets_no_further_is_given_up_and_one_that_was_preempted_is_not(run_dir):
+    def again(why: str) -> tuple[bool, str]:
+        code, errors, asked = run_job(run_dir, mark(run_dir, why), requeues=100, preempted="2026-02-01T00:00:00")
+        assert code == (0 if asked else 1)
+        return bool(asked), errors
+
+    assert [again("stalled")[0] for _ in range(4)] == [True, True, True, False]
+    assert "alst: stalled; this job was started again 3 times, and no checkpoint is newer than step-0" in again("x")[1]
+    assert "job.sh: line" not in (run_dir.path / "err").read_text()
+    assert again(stop.PREEMPTED)[0]
+    assert again("stalled")[0], "the last three are not all its own"
+    run_dir.requeues.unlink()
+    for step in range(8, 12):
+        (run_dir.checkpoints / f"step-{step:08}").mkdir(parents=True)
+        assert again("stalled")[0], "it got on"
+    assert run_dir.requeues.read_text().splitlines()[0].endswith(" step-00000008 job 7: stalled")
 
 
 def test_a_launch_that_failed_is_requeued_and_one_of_an_earlier_start_is_not_meant(run_dir):
@@ -112,9 +159,8 @@ def test_a_launch_that_failed_is_requeued_and_one_of_an_earlier_start_is_not_mea
 
 
 def test_requeues_end_at_their_number_with_the_reason_and_the_remedy(run_dir):
-    mark = f"echo slow > '{run_dir.requeue_mark('7')}'"
-    assert run_job(run_dir, mark, SLURM_RESTART_COUNT="1")[::2] == (0, ["scontrol requeue 7"])
-    code, errors, asked = run_job(run_dir, mark, SLURM_RESTART_COUNT="2")
+    assert run_job(run_dir, mark(run_dir, "slow"), SLURM_RESTART_COUNT="1")[::2] == (0, ["scontrol requeue 7"])
+    code, errors, asked = run_job(run_dir, mark(run_dir, "slow"), SLURM_RESTART_COUNT="2")
     assert (code, asked) == (1, [])
     assert "alst: slow; requeues = 2 in the cluster's profile, and this job was started again 2 times" in errors
     assert "raise it there, and go on with `alst resume a run, ID`" in errors
@@ -126,11 +172,11 @@ def test_requeues_end_at_their_number_with_the_reason_and_the_remedy(run_dir):
         ("COMPLETING", "None", "asked to stop by SIGUSR2", False),
         ("RUNNING", "None", stop.PREEMPTED, False),
         ("RUNNING", "2026-01-01T00:00:00", stop.PREEMPTED, True),
+        ("RUNNING", "2025-12-31T00:00:00", stop.PREEMPTED, False),  # an earlier start was
     ],
 )
 def test_a_job_that_was_cancelled_or_failed_does_not_come_back(run_dir, state, preempted, why, asked):
-    mark = f"echo {why} > '{run_dir.requeue_mark('7')}'; exit 75"
-    code, _, commands = run_job(run_dir, mark, state=state, preempted=preempted)
+    code, _, commands = run_job(run_dir, f"{mark(run_dir, why)}; exit 75", state=state, preempted=preempted)
     assert (code, bool(commands)) == (75, asked)
 
 
@@ -151,6 +197,39 @@ def test_a_node_that_srun_lost_is_not_used_again_though_it_is_back(run_dir):
     assert (code, commands) == (1, ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n1"])
     assert run_dir.excluded_nodes() == ["n1"]
     assert run_job(run_dir, "exit 0", SLURM_JOB_NODELIST="n3")[::2] == (0, [])
+
+
+def test_a_node_that_failed_is_avoided_by_a_job_that_never_ran_on_it(run_dir):
+    """The next of a chain was submitted before."""
+    run_dir.exclude("n3", "failed under job 6")
+    assert run_job(run_dir, "exit 0")[2] == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n3"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "excluded"),
+    [
+        ("r1,r2,n1", []),  # maintenance: most have started anew
+        ("r1,n1", []),
+        ("r1,n1,n3", ["r1"]),
+        ("n2,n4,n1", []),  # a switch, or power
+        ("n2,n1,n3,n5,n4", ["n2", "n4"]),
+        ("n4", ["n4"]),
+    ],
+)
+def test_nodes_that_fail_together_are_not_excluded(run_dir, nodes, excluded):
+    run_job(run_dir, "kill -9 $$", SLURM_JOB_NODELIST=nodes)
+    run_job(run_dir, "exit 0", SLURM_RESTART_COUNT="1", SLURM_JOB_NODELIST="n7")
+    assert run_dir.excluded_nodes() == excluded
+
+
+@pytest.mark.parametrize(("nodes", "unfit", "comes_back"), [("n1,n3", "n1", True), ("n1,n3,n5", "n1 n3", False)])
+def test_nodes_that_are_unfit_together_are_not_excluded_and_the_job_fails(run_dir, nodes, unfit, comes_back):
+    run_dir.exclude("n8", "failed under job 6")
+    gate = f"for n in {unfit}; do echo $n now full >> '{run_dir.excluded}'; done; {mark(run_dir, 'unfit')}; exit 75"
+    code, errors, commands = run_job(run_dir, gate, SLURM_JOB_NODELIST=nodes)
+    assert (code, bool(commands)) == ((75, True) if comes_back else (1, False))
+    assert run_dir.excluded_nodes() == ["n8", *(unfit.split() if comes_back else [])]
+    assert ("alst: unfit; 2 nodes of this start are not fit" in errors) is not comes_back
 
 
 def test_tasks_are_told_until_when_they_may_run(run_dir):
