@@ -306,7 +306,7 @@ def _show(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> None:
     try:
         plot_training(run_dir.metrics, run_dir.plot, title=run_dir.path.name)
         write_report(run_dir, run_dir.report, compared=figures(read_steps(run_dir.metrics), plan, run_dir.packed(plan)))
-    except (OSError, UserError) as error:
+    except Exception as error:  # whatever a picture lacks, the run has ended as it has
         warn(f"no plot or report: {error}; `alst report {run_dir.path.name}` makes it later")
 
 
