@@ -44,6 +44,19 @@ def cluster(programs) -> Iterator[LocalCluster]:
             cluster.down()
 
 
+@pytest.fixture(autouse=True)
+def jobs_end_with_their_test(request) -> Iterator[None]:
+    """A test that fails leaves its job; the next would take that for its own."""
+    cluster = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
+    yield
+    if cluster is not None:
+        cluster.cancel_all()
+        deadline = time.monotonic() + WAIT_SECONDS
+        while cluster.job_processes():
+            assert time.monotonic() < deadline, "a job's processes do not end"
+            time.sleep(0.2)
+
+
 @pytest.fixture(scope="session")
 def user(tmp_path_factory, cluster) -> User:
     """One for all tests, so that what one packed the others need not."""

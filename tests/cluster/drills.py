@@ -54,7 +54,7 @@ class Disturbed:
         first = {row["step"]: row["time"] for row in reversed(steps) if row["step"] > self._done}
         times = [self._at, *(first[step] for step in sorted(first))]
         rows[what] = Row(what, by, again, max(after - before for before, after in pairwise(times)))
-        assert user.cluster.job_processes() == []
+        user.wait(lambda: user.cluster.job_processes() == [], self.run)  # slurmstepd ends after its job
 
     def _steps(self) -> list[dict]:
         metrics = self.run / "metrics.jsonl"
@@ -69,6 +69,17 @@ def log_of(run: Path, *, start: int) -> str:
     """What rank 0 said in a start of the train job; -1 is the newest."""
     starts = sorted((run / "logs" / f"train-{train_job(run)}").iterdir(), key=lambda folder: int(folder.name))
     return (starts[start] / "rank0.log").read_text()
+
+
+def rank(user: User, number: int) -> int:
+    """The process of a rank of the only job there is; rank 0 is also what Slurm calls the batch script."""
+    pids = user.cluster.job_processes(rank=number)
+    (pid,) = (pid for pid in pids if b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"srun")[0])
+    return pid
+
+
+def both(user: User) -> list[int]:
+    return [rank(user, 0), rank(user, 1)]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.cluster.drills import Disturbed
+from tests.cluster.drills import Disturbed, both, frozen
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
 TWO_RANKS = "hardware.gpus_per_node=1"
@@ -75,12 +75,12 @@ def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, 
     run = user.submit("--nodes", "2", TWO_RANKS)
     assert list(jobs(run)) == ["train"], "the packed data is there already"
     user.wait(lambda: len(losses(run)) >= 3, run)
-    assert re.search(
-        r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", user.alst("status", run.name)
-    )
-    follower = user.start("logs", run.name, "--rank", "0", "--follow")
-    disturbed = Disturbed(run)
-    user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
+    with frozen(both(user)):
+        disturbed = Disturbed(run)
+        status = user.alst("status", run.name)
+        assert re.search(r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", status)
+        follower = user.start("logs", run.name, "--rank", "0", "--follow")
+        user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
     user.wait_for_end(run)
     assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
     followed, _ = follower.communicate(timeout=WAIT_SECONDS)
