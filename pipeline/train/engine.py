@@ -25,7 +25,7 @@ def init_distributed(plan: JobPlan, *, timeout: timedelta | None = None) -> None
         # the first start is not a minute longer. The table is DeepSpeed's own record of which operators can be built.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if plan.recipe.hardware.gpu is Gpu.CPU else "nccl"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, **({} if timeout is None else {"timeout": timeout}))
 
 
 def create_engine(model: PreTrainedModel, plan: JobPlan, attached: Attached, *, load_universal: bool = False) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pipeline.launch.deadline import GRACE_SECONDS, JOB_END
 from pipeline.launch.slurm import PASSED_ON, PASSED_ON_BY_NAME
 from pipeline.plan.run_dir import RunDir
 from tests.cluster.user import ROOT, WAIT_SECONDS, losses, run_in, told
@@ -31,6 +32,7 @@ tracking: {{mlflow: false}}
 evaluation: {{every_steps: 50, samples: 1}}
 """
 OF_A_SHELL = {"PWD", "OLDPWD", "SHLVL", "_", "HOSTNAME", "TMPDIR", "ENVIRONMENT"}
+OF_THE_BATCH_SCRIPT = {JOB_END, GRACE_SECONDS}
 OF_THE_CLUSTER = {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"}
 
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
@@ -97,7 +99,7 @@ def test_what_was_staged_is_rehearsed_offline_in_jobs_of_a_clean_environment(use
 
     variables = dict(row.partition("=")[::2] for row in environment.read_text().split("\0") if row)
     assert CANARY not in environment.read_text()
-    expected = {*PASSED_ON, *PASSED_ON_BY_NAME} | OF_A_SHELL | OF_THE_CLUSTER
+    expected = {*PASSED_ON, *PASSED_ON_BY_NAME} | OF_A_SHELL | OF_THE_BATCH_SCRIPT | OF_THE_CLUSTER
     strange = {name for name in variables if not name.startswith(("SLURM", "SBATCH", "SRUN", "SUBMITIT"))} - expected
     assert strange == set(), "what the login shell sets, or the one who submits"
     assert variables["HF_HOME"] == home["HF_HOME"]
