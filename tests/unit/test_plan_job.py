@@ -421,7 +421,7 @@ def test_a_plan_is_json_that_any_reader_takes():
         pytest.param("{}", "plan_version None", id="no version"),
         pytest.param('{"plan_version": 99}', "plan_version 99, this code reads 3", id="another version"),
         pytest.param('{"plan_version": "1"}', "plan_version '1'", id="version as text"),
-        pytest.param('{"plan_version": 2}', "recipe", id="no recipe"),
+        pytest.param('{"plan_version": 3}', "recipe", id="no recipe"),
         pytest.param('{"plan_version": 2, "recipe": null}', "recipe", id="null recipe"),
         pytest.param('{"plan_version": 2, "recipe": []}', "recipe", id="a list for a recipe"),
     ],
