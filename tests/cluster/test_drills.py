@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from slurm.local_cluster import free_ports, search_path
 from tests.cluster.conftest import mlflow_server
 from tests.cluster.drills import Disturbed, both, frozen, log_of, rank, train_job
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
+from tests.disks import small_disk_at
 
 TWO_RANKS = "hardware.gpus_per_node=1"
 NODES = ("--nodes", "2")
@@ -207,16 +207,9 @@ def test_a_server_for_mlflow_that_dies_and_comes_back_costs_nothing(user, two_ra
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, with room for the run and a few checkpoints."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], check=True)
-    try:
+    """Room for the run and a few checkpoints."""
+    with small_disk_at(tmp_path / "disk", mib=96) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.full

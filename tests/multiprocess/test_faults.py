@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.metrics.rows import read_steps
 from pipeline.plan.checkpoint_dir import RECORD_NAME, damage, read_checkpoint, step_folders
+from tests.disks import small_disk_at
 
 LAUNCH_SECONDS = 600  # about 15 on two free cores
 STEPS = 4
@@ -171,16 +172,9 @@ def test_while_a_run_goes_on_a_second_job_is_refused_and_an_export_is_not(tmp_pa
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, with room for the run and a few checkpoints."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
-    try:
+    """Room for the run and a few checkpoints."""
+    with small_disk_at(tmp_path / "disk", mib=64) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(small_disk, recipe, peaceful):
