@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError, UserError
 from pipeline.plan.auto import combinations, fastest
+from pipeline.plan.chunk_places import places
 from pipeline.plan.fit import longest
 from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.hardware import GIB
@@ -21,7 +22,7 @@ from pipeline.plan.placement import placed
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe, TiledMLP, TiledNorm
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 PACKED_FORMAT_VERSION = 3
 """Of packed data sets; one of another format is another data set."""
 
@@ -31,9 +32,13 @@ LOGITS_TILE_BYTES = 1 * GIB
 MLP_TILE_TOKENS = 16384
 """Tiles of 16K to 32K tokens ran 3.2x faster than ALST's seq_len / hidden_size tiles; below 4K tiling only costs."""
 
-
 NORM_TILE_TOKENS = 4096
 """16M elements at a hidden size of 4096: a GPU is busy with them, and seven float32 copies are 0.5 GiB."""
+
+CHUNK_TOKENS = 65536
+"""As FPDT's: attention of a chunk then takes far longer than the copies of keys and values that hide behind it."""
+LOCAL_CHUNK_TOKENS = 8192
+"""The least of a rank's, which keep matmuls busy."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,20 @@ class JobPlan:
     sp: int
     seq_len: int
     local_seq_len: int
+    chunk_tokens: int
+    """Tokens of the sequence, over all SP ranks, that a layer sees at once; seq_len when the feature is off."""
+    local_chunk_tokens: int
+    """A rank's part of it."""
+    num_chunks: int
     samples_per_step: int
     tokens_per_step: int
     loss_tile_tokens: int
     """Tokens per tile of logits; local_seq_len when the feature is off."""
     num_loss_tiles: int
     mlp_tile_tokens: int
-    """Tokens per MLP tile; local_seq_len when the feature is off."""
+    """Tokens per MLP tile; local_chunk_tokens when the feature is off, or the tiles are no smaller."""
     num_mlp_tiles: int
+    """Of a rank's shard, over all its chunks."""
     norm_tile_tokens: int
     """Tokens per tile of an RMSNorm; local_seq_len when the feature is off."""
     model_flops_per_step: int
@@ -113,7 +124,8 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
 
 def _fastest_plan(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPlan:
     """The plan for samples of this length, with what is `auto` in what waits for backward as it is fastest."""
-    plans = [placed(_plan_of(candidate, shape, sp, seq_len)) for candidate in combinations(recipe)]
+    candidates = (candidate for chunked in places(recipe) for candidate in combinations(chunked))
+    plans = [placed(_plan_of(candidate, shape, sp, seq_len)) for candidate in candidates]
     return plans[0] if len(plans) == 1 else fastest(plans)
 
 
@@ -128,7 +140,9 @@ def _plan_of(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPla
         )
     local_seq_len = seq_len // sp
     loss_tile_tokens = _loss_tile_tokens(recipe, shape, local_seq_len)
-    mlp_tile_tokens = _tile_tokens(recipe.memory.tiled_mlp, MLP_TILE_TOKENS, local_seq_len)
+    chunk_tokens = _chunk_tokens(recipe, sp, seq_len)
+    local_chunk_tokens = chunk_tokens // sp
+    mlp_tile_tokens = _tile_tokens(recipe.memory.tiled_mlp, MLP_TILE_TOKENS, local_chunk_tokens)
     norm_tile_tokens = _tile_tokens(recipe.memory.tiled_norm, NORM_TILE_TOKENS, local_seq_len)
     _check_self_check(recipe, sp, seq_len)
     dp = world_size // sp
@@ -136,7 +150,13 @@ def _plan_of(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPla
     tokens_per_step = samples_per_step * seq_len
     return JobPlan(
         recipe=_resolved(
-            recipe, sp, seq_len, tiled_loss=loss_tile_tokens, tiled_mlp=mlp_tile_tokens, tiled_norm=norm_tile_tokens
+            recipe,
+            sp,
+            seq_len,
+            chunk_tokens,
+            tiled_loss=loss_tile_tokens,
+            tiled_mlp=mlp_tile_tokens,
+            tiled_norm=norm_tile_tokens,
         ),
         model=shape,
         nodes=hardware.nodes,
@@ -145,12 +165,15 @@ def _plan_of(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPla
         sp=sp,
         seq_len=seq_len,
         local_seq_len=local_seq_len,
+        chunk_tokens=chunk_tokens,
+        local_chunk_tokens=local_chunk_tokens,
+        num_chunks=ceil(seq_len / chunk_tokens),
         samples_per_step=samples_per_step,
         tokens_per_step=tokens_per_step,
         loss_tile_tokens=loss_tile_tokens,
         num_loss_tiles=ceil(local_seq_len / loss_tile_tokens),
         mlp_tile_tokens=mlp_tile_tokens,
-        num_mlp_tiles=ceil(local_seq_len / mlp_tile_tokens),
+        num_mlp_tiles=_num_tiles(local_seq_len, local_chunk_tokens, mlp_tile_tokens),
         norm_tile_tokens=norm_tile_tokens,
         model_flops_per_step=model_flops(
             shape,
@@ -264,6 +287,27 @@ def _tile_tokens(feature: TiledMLP | TiledNorm | None, automatic: int, local_seq
     return min(automatic if feature.tile_tokens == "auto" else feature.tile_tokens, local_seq_len)
 
 
+def _chunk_tokens(recipe: Recipe, sp: int, seq_len: int) -> int:
+    """Tokens of the whole sequence that a layer sees at once."""
+    feature = recipe.memory.sequence_chunks
+    if feature is None:
+        return seq_len
+    asked = max(CHUNK_TOKENS, LOCAL_CHUNK_TOKENS * sp) if feature.chunk_tokens == "auto" else feature.chunk_tokens
+    lower, upper = asked // sp * sp, ceil(asked / sp) * sp
+    if lower != upper and feature.chunk_tokens != "auto":
+        raise RecipeError(
+            f"memory.sequence_chunks.chunk_tokens = {asked}: must be a multiple of parallel.sp = {sp}; "
+            f"use {lower or upper} or {upper}"
+        )
+    return min(upper, seq_len)
+
+
+def _num_tiles(tokens: int, chunk_tokens: int, tile_tokens: int) -> int:
+    """Tiles of so many tokens that are cut into chunks first."""
+    chunks, rest = divmod(tokens, chunk_tokens)
+    return chunks * ceil(chunk_tokens / tile_tokens) + ceil(rest / tile_tokens)
+
+
 def _check_self_check(recipe: Recipe, sp: int, seq_len: int) -> None:
     check_recipe = recipe.train.self_check
     if check_recipe is not None and min(check_recipe.tokens, seq_len) % sp:
@@ -273,11 +317,13 @@ def _check_self_check(recipe: Recipe, sp: int, seq_len: int) -> None:
         )
 
 
-def _resolved(recipe: Recipe, sp: int, seq_len: int, **tile_tokens: int) -> Recipe:
+def _resolved(recipe: Recipe, sp: int, seq_len: int, chunk_tokens: int, **tile_tokens: int) -> Recipe:
     """The recipe with every `auto` written as a number; `tile_tokens` by feature."""
     raw = recipe.model_dump(mode="json")
     raw["data"]["seq_len"] = seq_len
     raw["parallel"]["sp"] = sp
+    if raw["memory"]["sequence_chunks"] is not None:
+        raw["memory"]["sequence_chunks"]["chunk_tokens"] = chunk_tokens
     for feature, tokens in tile_tokens.items():
         if raw["memory"][feature]:
             raw["memory"][feature]["tile_tokens"] = tokens

@@ -26,7 +26,9 @@ def placed(plan: "JobPlan") -> "JobPlan":
     resident = 0 if feature.resident_groups == "auto" else feature.resident_groups
     disk = 0 if feature.disk_groups == "auto" else feature.disk_groups
     plan = _with(plan, resident_groups=resident, disk_groups=disk)
-    if feature.offload is not None and feature.resident_groups == "auto":
+    chunks = plan.recipe.memory.sequence_chunks
+    streamed = chunks is not None and chunks.hidden_states == "cpu"
+    if feature.offload is not None and feature.resident_groups == "auto" and not streamed:
         plan = _with(plan, resident_groups=_most_residents(plan))
     if feature.offload == "disk" and feature.disk_groups == "auto":
         plan = _with(plan, disk_groups=_fewest_on_disk(plan))

@@ -51,6 +51,7 @@ def _facts(plan: JobPlan) -> list[tuple[str, str]]:
         ("mesh", f"{plan.world_size} ranks = dp {plan.dp} x sp {plan.sp}{_why_dp(plan)}"),
         ("sequence", f"{plan.seq_len:,} tokens, {plan.local_seq_len:,} per rank"),
         ("step", f"{plan.samples_per_step:,} samples, {plan.tokens_per_step:,} tokens"),
+        *_chunks(plan),
         ("loss tiles", f"{plan.num_loss_tiles:,} of {plan.loss_tile_tokens:,} tokens"),
         ("MLP tiles", f"{plan.num_mlp_tiles:,} of {plan.mlp_tile_tokens:,} tokens"),
         ("norm tiles", f"{ceil(plan.local_seq_len / plan.norm_tile_tokens):,} of {plan.norm_tile_tokens:,} tokens"),
@@ -61,6 +62,17 @@ def _facts(plan: JobPlan) -> list[tuple[str, str]]:
         ),
         ("model FLOPs", f"{plan.model_flops_per_step:.3e} per step with one document per sample"),
     ]
+
+
+def _chunks(plan: JobPlan) -> list[tuple[str, str]]:
+    """How much of the sequence a layer sees at once, where that is not all."""
+    feature = plan.recipe.memory.sequence_chunks
+    if feature is None:
+        return []
+    found = feature.resolved
+    kept = ", keys and values kept for backward" if found.keep_keys_values else ""
+    where = f"hidden states on {found.hidden_states}, keys and values on {found.keys_values}{kept}"
+    return [("chunks", f"{plan.num_chunks:,} of {plan.chunk_tokens:,} tokens; {where}")]
 
 
 def _why_dp(plan: JobPlan) -> str:

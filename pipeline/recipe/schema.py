@@ -317,6 +317,42 @@ class ResolvedCheckpoint(NamedTuple):
     disk_groups: int
 
 
+Place = Literal["gpu", "cpu"]
+
+
+class SequenceChunks(Section):
+    """Every decoder layer a chunk of the sequence at a time: norms, attention and MLP exist for one chunk, keys and
+    values of one layer for all of them."""
+
+    chunk_tokens: Count | Auto = "auto"
+    """Tokens of the whole sequence, over all SP ranks; `auto` is 65,536, or 8,192 times sp where that is more."""
+    hidden_states: Place | Auto = "auto"
+    """Where they lie between layers, with their gradients: cpu is host memory, and they are not kept a second time for
+    backward."""
+    keys_values: Place | Auto = "auto"
+    """Where a layer's keys and values wait for later chunks, with their gradients; cpu is host memory."""
+    keep_keys_values: bool | Auto = "auto"
+    """Keep them of every layer for backward, which else makes them again: saves a projection of keys and values."""
+
+    @property
+    def resolved(self) -> "ResolvedChunks":
+        """What `auto` may stand for, as a plan has written it."""
+        assert self.chunk_tokens != "auto"
+        assert self.hidden_states != "auto"
+        assert self.keys_values != "auto"
+        assert self.keep_keys_values != "auto"
+        return ResolvedChunks(self.chunk_tokens, self.hidden_states, self.keys_values, self.keep_keys_values)
+
+
+class ResolvedChunks(NamedTuple):
+    """The values of SequenceChunks that a plan finds."""
+
+    chunk_tokens: int
+    hidden_states: Place
+    keys_values: Place
+    keep_keys_values: bool
+
+
 class Allocator(Section):
     expandable_segments: bool
     """CUDA's caching allocator maps segments that grow, and so does not fragment (ALST §3.4)."""
@@ -327,7 +363,44 @@ class MemoryRecipe(Section):
     tiled_mlp: TiledMLP | None
     tiled_norm: TiledNorm | None
     activation_checkpoint: ActivationCheckpoint | None
+    sequence_chunks: SequenceChunks | None
     allocator: Allocator
+
+    @model_validator(mode="after")
+    def _chunks_go_with_the_rest(self) -> "MemoryRecipe":
+        chunks = self.sequence_chunks
+        if chunks is None:
+            return self
+        if self.activation_checkpoint is None:
+            raise ValueError(
+                "sequence_chunks needs activation_checkpoint, which is null; set memory.activation_checkpoint.offload: "
+                "cpu, or sequence_chunks: null"
+            )
+        if chunks.hidden_states == "cpu" and (forbidden := self.no_hidden_states_on_host):
+            raise ValueError(forbidden)
+        return self
+
+    @property
+    def no_hidden_states_on_host(self) -> str | None:
+        """What forbids them: value, rule and remedy; None where they may lie there."""
+        checkpoint, loss = self.activation_checkpoint, self.tiled_loss
+        rule = "sequence_chunks.hidden_states cpu needs"
+        instead = "or sequence_chunks.hidden_states: gpu"
+        if checkpoint is None or checkpoint.offload is None:
+            return f"{rule} activation_checkpoint.offload cpu or disk, not null; set offload: cpu, {instead}"
+        if checkpoint.offload_dtype is not None:
+            return (
+                f"{rule} activation_checkpoint.offload_dtype null, not {checkpoint.offload_dtype}: layers read what is "
+                f"kept; set offload_dtype: null, {instead}"
+            )
+        if checkpoint.resident_groups not in ("auto", 0):
+            return (
+                f"{rule} activation_checkpoint.resident_groups 0 or auto, not {checkpoint.resident_groups}: nothing "
+                f"stays on the GPU; set resident_groups: auto, {instead}"
+            )
+        if loss is not None and loss.kernel == "liger":
+            return f"{rule} tiled_loss.kernel own, not liger, which takes all at once; set kernel: own, {instead}"
+        return None
 
 
 class ZeroRecipe(Section):

@@ -79,7 +79,7 @@ def test_json_stands_alone_on_stdout_and_reads_as_the_plan(alst, tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     path = tmp_path / "plan.json"
     path.write_text(outcome.out)
-    assert json.loads(outcome.out)["plan_version"] == 3
+    assert json.loads(outcome.out)["plan_version"] == 4
     assert read_plan(path) == plan_job(load("tiny", overrides=["train.steps=3"]))
 
 
@@ -268,9 +268,9 @@ def test_a_bad_recipe_file_ends_with_one_message_and_code_2(alst, tmp_path, comm
     ("content", "told"),
     [
         pytest.param("", ["not a plan"], id="empty"),
-        pytest.param('{"plan_version": 3, "rec', ["not a plan"], id="cut off"),
+        pytest.param('{"plan_version": 4, "rec', ["not a plan"], id="cut off"),
         pytest.param('{"plan_version": 99}', ["plan_version 99", "plan the recipe again"], id="another version"),
-        pytest.param('{"plan_version": 3}', ["plan.json", "recipe"], id="no recipe"),
+        pytest.param('{"plan_version": 4}', ["plan.json", "recipe"], id="no recipe"),
     ],
 )
 @pytest.mark.parametrize("stage", ["pack", "train"])

@@ -406,7 +406,7 @@ def test_planning_a_resolved_recipe_changes_nothing():
 
 def test_a_plan_is_json_that_any_reader_takes():
     text = json.dumps(planned().to_json(), allow_nan=False)
-    assert json.loads(text)["plan_version"] == 3
+    assert json.loads(text)["plan_version"] == 4
     assert {"name", "world_size", "sp", "dp", "model", "recipe"} <= json.loads(text).keys()
 
 
@@ -415,13 +415,13 @@ def test_a_plan_is_json_that_any_reader_takes():
     [
         pytest.param(None, "not a plan", id="missing"),
         pytest.param("", "not a plan", id="empty"),
-        pytest.param('{"plan_version": 3, "rec', "not a plan", id="cut off"),
+        pytest.param('{"plan_version": 4, "rec', "not a plan", id="cut off"),
         pytest.param(b"\xff\xfe{", "not a plan", id="not UTF-8"),
         pytest.param("[]", "plan_version None", id="a list"),
         pytest.param("{}", "plan_version None", id="no version"),
-        pytest.param('{"plan_version": 99}', "plan_version 99, this code reads 3", id="another version"),
+        pytest.param('{"plan_version": 99}', "plan_version 99, this code reads 4", id="another version"),
         pytest.param('{"plan_version": "1"}', "plan_version '1'", id="version as text"),
-        pytest.param('{"plan_version": 3}', "recipe", id="no recipe"),
+        pytest.param('{"plan_version": 4}', "recipe", id="no recipe"),
         pytest.param('{"plan_version": 2, "recipe": null}', "recipe", id="null recipe"),
         pytest.param('{"plan_version": 2, "recipe": []}', "recipe", id="a list for a recipe"),
     ],
