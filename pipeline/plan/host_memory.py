@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING
 
 from pipeline.plan import fitted
 from pipeline.plan.hardware import GIB, MIB
-from pipeline.plan.memory import Sizes, gpu_bytes, in_host_memory, kept, on_disk, states
+from pipeline.plan.memory import (
+    WIDE,
+    Sizes,
+    gpu_bytes,
+    in_host_memory,
+    kept,
+    kept_inputs,
+    kept_of_attention,
+    kept_of_keys,
+    on_disk,
+    states,
+)
+from pipeline.plan.memory import kept_attention as attention_outputs
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -46,16 +58,54 @@ def offloaded_parameters(at: Sizes) -> Item:
 
 def activation_checkpoint(at: Sizes) -> Item:
     """Layer inputs that a node's ranks keep from forward to backward; pinned in one block, nothing is rounded up."""
-    return Item("activation_checkpoint", _offloaded(at)[:1])
+    if at.hidden_on_host:
+        return Item("activation_checkpoint", _of_node(at, (kept_inputs(at, ("groups of layers", at.groups)),)))
+    return Item("activation_checkpoint", _of_node(at, in_host_memory(at)[:1]))
 
 
 def kept_attention(at: Sizes) -> Item:
     """Attention's outputs, in the same block."""
-    return Item("kept_attention", _offloaded(at)[1:])
+    layers = at.sent_layers - at.disk_layers
+    return Item("kept_attention", _of_node(at, kept_of_attention(at, "", layers=layers) if layers else ()))
 
 
-def _offloaded(at: Sizes) -> tuple[Term, ...]:
-    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in in_host_memory(at))
+def sequence_chunks(at: Sizes) -> Item:
+    """Of layers in chunks: keys and values that are kept, those of one layer with the sums of their gradients, and
+    hidden states that wait for no backward."""
+    layers = at.sent_layers - at.disk_layers
+    kept = kept_of_keys(at, "", layers=layers) if layers else ()
+    terms = (*kept, *live_outputs(at), *keys_values(at), *hidden_states(at))
+    rotary = term("cosines and sines", 2, ("bytes", at.d), at.n, ("head_dim", at.shape.head_dim))
+    return Item("sequence_chunks", _of_node(at, (*terms, rotary) if at.hidden_on_host else terms))
+
+
+def live_outputs(at: Sizes) -> tuple[Term, ...]:
+    """Attention's outputs of a group that runs again, of a rank, where no whole ones may be on the GPU."""
+    others = at.layers_per_group - 1
+    if not (at.hidden_on_host and others) or at.keeps_attention:
+        return ()
+    return attention_outputs(at, ("the live group's other layers", others))
+
+
+def keys_values(at: Sizes) -> tuple[Term, ...]:
+    """Of the layer that is live, of a rank."""
+    if not at.keys_on_host:
+        return ()
+    sums = (term("float32 sums of their gradients", 2, ("bytes", WIDE), at.earlier, at.kv_held),)
+    return (term("keys and values of a layer", 2, ("bytes", at.d), at.n, at.kv_held), *sums)
+
+
+def hidden_states(at: Sizes) -> tuple[Term, ...]:
+    """Of a rank, beside the inputs of groups of layers: behind the last layer its output, the last norm's, and two
+    gradients; before, a gradient and the inputs of the live group's other layers."""
+    if not at.hidden_on_host:
+        return ()
+    beside = ("outputs, gradients, or the live group's inputs", max(4, at.layers_per_group))
+    return (term("hidden states that wait for no backward", ("bytes", at.d), at.n, at.h, beside),)
+
+
+def _of_node(at: Sizes, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    return tuple(term(part.what, *part.factors, at.ranks_of_node) for part in terms)
 
 
 def disk_staging(at: Sizes) -> Item:
@@ -63,7 +113,7 @@ def disk_staging(at: Sizes) -> Item:
     if not at.disk_groups:
         return Item("disk_staging", ())
     groups = kept(at, " on their way", groups=2, layers=2 * at.layers_per_group)
-    return Item("disk_staging", tuple(term(part.what, *part.factors, at.ranks_of_node) for part in groups))
+    return Item("disk_staging", _of_node(at, groups))
 
 
 def loader(at: Sizes) -> Item:
@@ -92,6 +142,7 @@ HOST_ITEMS = (
     offloaded_parameters,
     activation_checkpoint,
     kept_attention,
+    sequence_chunks,
     disk_staging,
     loader,
     processes,
@@ -132,8 +183,7 @@ DISK_ITEMS = (checkpoints, packed_data)
 
 def scratch_checkpoint(at: Sizes) -> Item:
     """What of the checkpoints of layers waits on a node's own disk."""
-    waiting = tuple(term(part.what, *part.factors, at.ranks_of_node) for part in on_disk(at))
-    return Item("activation_checkpoint", waiting)
+    return Item("activation_checkpoint", _of_node(at, on_disk(at)))
 
 
 @dataclass(frozen=True)

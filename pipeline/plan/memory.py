@@ -2,8 +2,8 @@
 
 Counted tensor by tensor from what the job runs (stock norms, gated MLPs, this project's tiles and kernels) and held to
 measured peaks in tests/unit/test_plan_activations.py. A GPU's peak comes at one of the moments of a step below; an
-item's terms say at which of them they are there. Letters: n tokens of a rank's shard, h hidden size, d bytes of the
-model's dtype.
+item's terms say at which of them they are there. Letters: n tokens of a rank's shard, c those of it that a layer works
+on at once, h hidden size, d bytes of the model's dtype.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from pipeline.plan import fitted
 from pipeline.plan.hardware import GIB, Hardware, Kernel, hardware_of, kernel_of
 from pipeline.plan.model_shape import ModelShape
 from pipeline.plan.terms import Factor, Item, Term, term
-from pipeline.recipe.schema import Gpu, Recipe
+from pipeline.recipe.schema import Gpu, Recipe, ResolvedChunks
 
 if TYPE_CHECKING:
     from pipeline.plan.job import JobPlan
@@ -95,6 +95,47 @@ class Sizes:
     @property
     def n(self) -> Factor:
         return ("tokens", self.plan.local_seq_len)
+
+    @cached_property
+    def chunks(self) -> ResolvedChunks | None:
+        feature = self.recipe.memory.sequence_chunks
+        return None if feature is None else feature.resolved
+
+    @property
+    def c(self) -> Factor:
+        """Tokens of the shard that a layer works on at once: a chunk's, or all."""
+        return self.n if self.chunks is None else ("tokens of a chunk", self.plan.local_chunk_tokens)
+
+    @property
+    def earlier(self) -> Factor:
+        """Tokens of all chunks but the last, which no later one looks back at."""
+        return ("tokens of earlier chunks", (self.plan.num_chunks - 1) * self.plan.local_chunk_tokens)
+
+    def behind_layers(self, tile_tokens: int) -> Factor:
+        """Tokens whose hidden states are on the GPU behind the layers: a tile's, if they lie in host memory."""
+        if not self.hidden_on_host:
+            return self.n
+        return ("tokens of a tile", min(tile_tokens, self.plan.local_chunk_tokens))
+
+    @property
+    def hidden_on_host(self) -> bool:
+        """Whether hidden states lie in host memory between layers."""
+        return self.chunks is not None and self.chunks.hidden_states == "cpu"
+
+    @property
+    def keys_on_host(self) -> bool:
+        return self.chunks is not None and self.chunks.keys_values == "cpu"
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether keys and values of every layer wait for backward."""
+        return self.chunks is not None and self.chunks.keep_keys_values
+
+    @property
+    def tiles_mlp(self) -> bool:
+        """A chunk that is no larger than a tile is one already."""
+        tiled = self.recipe.memory.tiled_mlp is not None
+        return tiled and (self.chunks is None or self.plan.mlp_tile_tokens < self.plan.local_chunk_tokens)
 
     @property
     def h(self) -> Factor:
@@ -261,7 +302,8 @@ def zero_buffers(at: Sizes) -> Item:
 
 def batch(at: Sizes) -> Item:
     """Token ids, labels, positions, and the rotary embedding of every position."""
-    rotary = term("cosines and sines", 2, ("bytes", at.d), at.n, ("head_dim", at.shape.head_dim))
+    there = at.c if at.hidden_on_host else at.n
+    rotary = term("cosines and sines", 2, ("bytes", at.d), there, ("head_dim", at.shape.head_dim))
     return Item("batch", (term("ids, labels, positions", 3, ("bytes", 8), at.n), rotary))
 
 
@@ -293,21 +335,39 @@ def kept_inputs(at: Sizes, count: Factor) -> Term:
     return term(f"inputs of {count[0]}", ("bytes", at.d), at.n, at.h, count)
 
 
-def kept_attention(at: Sizes, count: Factor) -> tuple[Term, ...]:
-    """Attention's output and log-sum-exp, of so many layers."""
+def kept_attention(at: Sizes, count: Factor, *, tokens: Factor | None = None) -> tuple[Term, ...]:
+    """Attention's output and log-sum-exp, of so many layers; of all tokens of the shard, or of so many."""
+    tokens = tokens or at.n
     return (
-        term(f"attention's output of {count[0]}", ("bytes", at.d), at.n, at.q, count),
-        term(f"log-sum-exp of {count[0]}", ("bytes", WIDE), at.n, ("heads", at.shape.num_query_heads), count),
+        term(f"attention's output of {count[0]}", ("bytes", at.d), tokens, at.q, count),
+        term(f"log-sum-exp of {count[0]}", ("bytes", WIDE), tokens, ("heads", at.shape.num_query_heads), count),
     )
 
 
+def kept_keys(at: Sizes, count: Factor, *, tokens: Factor | None = None) -> Term:
+    """Keys and values, as the kernel gets them, of so many layers."""
+    return term(f"keys and values of {count[0]}", 2, ("bytes", at.d), tokens or at.n, at.kv_held, count)
+
+
 def kept(at: Sizes, what: str, *, groups: int, layers: int) -> tuple[Term, ...]:
-    """What so many groups of so many layers keep from a rank's forward to its backward, wherever it waits."""
+    """What so many groups of so many layers keep from a rank's forward to its backward, wherever it waits; but for
+    hidden states that lie in host memory anyway."""
     inputs = _stored(at, kept_inputs(at, (f"groups of layers{what}", groups)), rows=1)
+    others = (*kept_of_attention(at, what, layers=layers), *kept_of_keys(at, what, layers=layers))
+    return others if at.hidden_on_host else (inputs, *others)
+
+
+def kept_of_attention(at: Sizes, what: str, *, layers: int) -> tuple[Term, ...]:
+    """Nothing where it is not kept."""
     if not at.keeps_attention:
-        return (inputs,)
+        return ()
     out, lse = kept_attention(at, (f"layers{what}", layers))
-    return inputs, _stored(at, out, rows=at.shape.num_query_heads), lse
+    return _stored(at, out, rows=at.shape.num_query_heads), lse
+
+
+def kept_of_keys(at: Sizes, what: str, *, layers: int) -> tuple[Term, ...]:
+    """Nothing where they are made again."""
+    return (kept_keys(at, (f"layers{what}", layers)),) if at.keeps_keys else ()
 
 
 def _stored(at: Sizes, part: Term, *, rows: int) -> Term:
@@ -334,9 +394,13 @@ def on_disk(at: Sizes) -> tuple[Term, ...]:
 
 
 def _kept_on_gpu(at: Sizes) -> tuple[Term, ...]:
+    """In chunks attention's outputs of the live layer wait as well: its chunks take them in turn."""
     others = [kept_inputs(at, ("the other groups", at.groups - 1))]
     if at.keeps_attention:
-        others += kept_attention(at, ("the other layers", at.shape.num_layers - 1))
+        live = 0 if at.chunks is None else 1
+        others += kept_attention(at, ("the other layers" if not live else "layers", at.shape.num_layers - 1 + live))
+    if at.keeps_keys:
+        others.append(kept_keys(at, ("the other layers", at.shape.num_layers - 1)))
     everything = kept(at, "", groups=at.groups, layers=at.shape.num_layers)
     return (*_at(IN_LAYER, others), *_at(AFTER_LAYERS, everything))
 
@@ -348,17 +412,34 @@ def _resident(at: Sizes) -> tuple[Term, ...]:
     if at.groups == 1:
         return _at(AFTER_LAYERS, held)
     others = max(1, resident - 1)
+    if at.chunks is not None:
+        return (*_at(IN_LAYER, _beside_live_chunk(at, groups=others)), *_at(AFTER_LAYERS, held))
     beside = " beside the live one" if others < resident else " on their way back"
     return (*_at(IN_LAYER, kept(at, beside, groups=others, layers=others * size)), *_at(AFTER_LAYERS, held))
 
 
+def _beside_live_chunk(at: Sizes, *, groups: int) -> tuple[Term, ...]:
+    """Attention's outputs come back with their chunk, and the next one's are on their way; the next input is only once
+    nothing else is before it."""
+    resident = at.shape.num_layers - at.sent_layers
+    count, tokens = (("layers that stay", resident), at.n) if resident else (("the next chunk", 1), at.c)
+    terms = []
+    if not at.hidden_on_host and (at.resident_groups > 1 or not at.keeps_attention or at.plan.num_chunks == 1):
+        terms.append(kept_inputs(at, ("groups beside the live one", groups)))
+    if at.keeps_attention:
+        terms += kept_attention(at, count, tokens=tokens)
+    if at.keeps_keys:
+        terms.append(kept_keys(at, count, tokens=tokens))
+    return tuple(terms)
+
+
 def _live_group(at: Sizes) -> tuple[Term, ...]:
-    """The layers of the live group that wait for their turn: attention's outputs are on its tape."""
+    """The layers of the live group that wait for their turn: attention's outputs are on its tape, or in the store."""
     feature, others = at.recipe.memory.activation_checkpoint, at.layers_per_group - 1
-    if not others or feature is None:
+    if not others or feature is None or at.hidden_on_host:
         return ()
     live = [kept_inputs(at, ("the live group's other layers", others))]
-    if not at.keeps_attention or feature.offload is not None:
+    if not at.keeps_attention or (feature.offload is not None and at.chunks is None):
         live += kept_attention(at, ("the live group's other layers", others))
     return _at(IN_LAYER, live)
 
@@ -373,10 +454,10 @@ def _saved_by_norms(at: Sizes) -> tuple[Term, ...]:
     With tiles their inputs and outputs.
     """
     if at.recipe.memory.tiled_norm is not None:
-        return (term("inputs and outputs of two norms", 4, ("bytes", at.d), at.n, at.h),)
+        return (term("inputs and outputs of two norms", 4, ("bytes", at.d), at.c, at.h),)
     return (
-        term("float32 copies of two norms", 2, ("bytes", WIDE), at.n, at.h),
-        term("normalized and scaled, two norms", 4, ("bytes", at.d), at.n, at.h),
+        term("float32 copies of two norms", 2, ("bytes", WIDE), at.c, at.h),
+        term("normalized and scaled, two norms", 4, ("bytes", at.d), at.c, at.h),
     )
 
 
@@ -384,23 +465,23 @@ def _saved_by_attention(at: Sizes) -> tuple[Term, ...]:
     """Of a layer: q, k, v, output and log-sum-exp of the kernel, and what surrounds it."""
     element = ("bytes", at.d)
     terms = [
-        term("queries and output", 2, element, at.n, at.q),
-        term("keys and values", 2, element, at.n, at.kv_held),
-        term("log-sum-exp", ("bytes", WIDE), at.n, ("heads", at.shape.num_query_heads)),
+        term("queries and output", 2, element, at.c, at.q),
+        term("keys and values", 2, element, at.c, at.kv_held),
+        term("log-sum-exp", ("bytes", WIDE), at.c, ("heads", at.shape.num_query_heads)),
     ]
     if at.plan.sp > 1:
-        terms.append(term("output after the exchange", element, at.n, at.q))
+        terms.append(term("output after the exchange", element, at.c, at.q))
     if at.shape.query_key_norm:
         both = ("(heads + KV heads) x head_dim", at.q[1] + at.kv[1])
-        terms.append(term("norms of queries and keys", ("bytes", WIDE + at.d), at.n, both))
+        terms.append(term("norms of queries and keys", ("bytes", WIDE + at.d), at.c, both))
     return tuple(terms)
 
 
 def _saved_by_mlp(at: Sizes) -> tuple[Term, ...]:
     """Of a layer: gate, activated gate, up and their product; nothing with tiles."""
-    if at.recipe.memory.tiled_mlp is not None:
+    if at.tiles_mlp:
         return ()
-    return (term("gate, activated gate, up, product", _mlp_parts(at), ("bytes", at.d), at.n, at.mlp_width),)
+    return (term("gate, activated gate, up, product", _mlp_parts(at), ("bytes", at.d), at.c, at.mlp_width),)
 
 
 def _mlp_parts(at: Sizes) -> int:
@@ -411,6 +492,8 @@ def _mlp_parts(at: Sizes) -> int:
 def live_layer(at: Sizes) -> Item:
     """The hidden states of the layer that is run again and goes backward, but for what its norms make of them."""
     element = ("bytes", at.d)
+    if at.chunks is not None:
+        return Item("live_layer", _live_chunk(at))
     terms = [
         term("gradient of the layer's output", element, at.n, at.h, when=IN_LAYER),
         term("gradient of the residual", element, at.n, at.h, when=(ATTENTION,)),
@@ -418,6 +501,38 @@ def live_layer(at: Sizes) -> Item:
     if at.checkpointed:
         terms.append(term("input and output", 2, element, at.n, at.h, when=IN_LAYER))
     return Item("live_layer", tuple(terms))
+
+
+def _live_chunk(at: Sizes) -> tuple[Term, ...]:
+    """The whole input with the gradient that is written over that of the output, or two chunks of both; and what one
+    chunk makes of them. Behind a stock norm the last layer's gradient takes memory of its own."""
+    element, wholes = ("bytes", at.d), 2 if at.recipe.memory.tiled_norm is not None else 3
+    whole = term("input and gradient", wholes, element, at.n, at.h, when=IN_LAYER)
+    two = ("this chunk and the next", min(2, at.plan.num_chunks))
+    streamed = term("input and gradient", 2, element, at.c, at.h, two, when=IN_LAYER)
+    return (
+        streamed if at.hidden_on_host else whole,
+        term("output of a chunk", element, at.c, at.h, when=IN_LAYER),
+        term("gradient of the residual", element, at.c, at.h, when=(ATTENTION,)),
+    )
+
+
+def sequence_chunks(at: Sizes) -> Item:
+    """Keys and values of one layer's earlier chunks, the sums of their gradients, and those of its weights'."""
+    if at.chunks is None:
+        return Item("sequence_chunks", ())
+    tokens = at.earlier
+    if at.keys_on_host:
+        tokens = ("tokens of two chunks", min(2 * at.plan.local_chunk_tokens, at.earlier[1]))
+    weights = ("parameters of a layer", at.shape.layer_parameters)
+    return Item(
+        "sequence_chunks",
+        (
+            term("keys and values", 2, ("bytes", at.d), tokens, at.kv_held, when=IN_LAYER),
+            term("float32 sums of their gradients", 2, ("bytes", WIDE), tokens, at.kv_held, when=IN_LAYER),
+            term("sums of weight gradients, and a chunk's", ("bytes", WIDE + at.d), weights, when=IN_LAYER),
+        ),
+    )
 
 
 def tiled_norm(at: Sizes) -> Item:
@@ -430,28 +545,34 @@ def tiled_norm(at: Sizes) -> Item:
 
 def _stock_norms(at: Sizes) -> tuple[Term, ...]:
     element, wide = ("bytes", at.d), ("bytes", WIDE)
+    last = at.behind_layers(at.plan.norm_tile_tokens)
     copies = 2 if at.d < WIDE or not at.checkpointed else 1  # in float32 the first norm's is the layer's input
     terms = [
-        term("float32 copies of the layer's", copies, wide, at.n, at.h, when=(MLP, NORM)),
-        term("normalized and scaled, first norm", 2, element, at.n, at.h, when=IN_LAYER),
-        term("normalized and scaled, second norm", 2, element, at.n, at.h, when=(MLP,)),
-        term("float32 temporaries of a norm's backward", 5, wide, at.n, at.h, when=(NORM, FINAL_NORM)),
-        term("float32 copy of the last norm", wide, at.n, at.h, when=AFTER_LAYERS),
+        term("float32 copies of the layer's", copies, wide, at.c, at.h, when=(MLP, NORM)),
+        term("normalized and scaled, first norm", 2, element, at.c, at.h, when=IN_LAYER),
+        term("normalized and scaled, second norm", 2, element, at.c, at.h, when=(MLP,)),
+        term("float32 temporaries of a norm's backward", 5, wide, at.c, at.h, when=(NORM,)),
+        term("float32 temporaries of the last norm's", 5, wide, last, at.h, when=(FINAL_NORM,)),
+        term("float32 copy of the last norm", wide, last, at.h, when=AFTER_LAYERS),
     ]
     if copies == 2:
-        terms.append(term("float32 copy of the first norm", wide, at.n, at.h, when=(ATTENTION,)))
+        terms.append(term("float32 copy of the first norm", wide, at.c, at.h, when=(ATTENTION,)))
     return tuple(terms)
 
 
 def _tiled_norms(at: Sizes) -> tuple[Term, ...]:
-    element, tile = ("bytes", at.d), ("tokens of a tile", at.plan.norm_tile_tokens)
+    element, wide, asked = ("bytes", at.d), ("bytes", WIDE), at.plan.norm_tile_tokens
+    last = at.behind_layers(asked)
+    tiles = [("tokens of a tile", min(asked, tokens)) for _, tokens in (at.c, last)]
     return (
-        term("output of the first norm", element, at.n, at.h, when=IN_LAYER),
-        term("input of the second norm", element, at.n, at.h, when=(MLP, NORM)),
-        term("output of the second norm", element, at.n, at.h, when=(MLP,)),
-        term("gradients of a norm's output and input", 2, element, at.n, at.h, when=(NORM, FINAL_NORM)),
-        term("float32 temporaries of a tile", 7, ("bytes", WIDE), tile, at.h, when=(NORM, FINAL_NORM)),
-        term("input of the last norm", element, at.n, at.h, when=AFTER_LAYERS),
+        term("output of the first norm", element, at.c, at.h, when=IN_LAYER),
+        term("input of the second norm", element, at.c, at.h, when=(MLP, NORM)),
+        term("output of the second norm", element, at.c, at.h, when=(MLP,)),
+        term("gradients of a norm's output and input", 2, element, at.c, at.h, when=(NORM,)),
+        term("gradients of the last norm's output and input", 2, element, last, at.h, when=(FINAL_NORM,)),
+        term("float32 temporaries of a tile", 7, wide, tiles[0], at.h, when=(NORM,)),
+        term("float32 temporaries of a tile of the last", 7, wide, tiles[1], at.h, when=(FINAL_NORM,)),
+        term("input of the last norm", element, last, at.h, when=AFTER_LAYERS),
     )
 
 
@@ -468,22 +589,25 @@ def _kernel_backward(at: Sizes) -> tuple[Term, ...]:
     """Gradients and workspace. flash-attn sums dq in float32; with grouped KV heads version 2 makes dk and dv for every
     query head first, versions 3 and 4 sum them in float32. Ours for the CPU works in float32 throughout."""
     element, wide, then = ("bytes", at.d), ("bytes", WIDE), (ATTENTION,)
-    terms = [term("gradients of output and queries", 2, element, at.n, at.q, when=then)]
+    terms = [term("gradients of output and queries", 2, element, at.c, at.q, when=then)]
+    if at.plan.num_chunks > 1:
+        terms.append(term("dq of a block, and float32 sums", ("bytes", at.d + WIDE), at.c, at.q, when=then))
+        terms.append(term("dk, dv of a block", 2, element, at.c, at.kv_held, when=then))
     if at.kernel == "cpu":
-        terms.append(term("float32 q, dout, dq", 3, wide, at.n, at.q, when=then))
+        terms.append(term("float32 q, dout, dq", 3, wide, at.c, at.q, when=then))
         if at.d < WIDE:
-            terms.append(term("float32 dq, once more", wide, at.n, at.q, when=then))
-            terms.append(term("float32 k, v, dk, dv", 4, wide, at.n, at.kv_held, when=then))
+            terms.append(term("float32 dq, once more", wide, at.c, at.q, when=then))
+            terms.append(term("float32 k, v, dk, dv", 4, wide, at.c, at.kv_held, when=then))
         else:
-            terms.append(term("dk, dv", 2, wide, at.n, at.kv_held, when=then))
+            terms.append(term("dk, dv", 2, wide, at.c, at.kv_held, when=then))
         return tuple(terms)
-    terms.append(term("gradients of keys and values", 2, element, at.n, at.kv_held, when=then))
-    terms.append(term("float32 sums of dq", wide, at.n, at.q, when=then))
+    terms.append(term("gradients of keys and values", 2, element, at.c, at.kv_held, when=then))
+    terms.append(term("float32 sums of dq", wide, at.c, at.q, when=then))
     grouped = at.kv_heads < at.shape.num_query_heads
     if grouped and at.kernel == "flash_attention_2":
-        terms.append(term("dk, dv of every query head", 2, element, at.n, at.q, when=then))
+        terms.append(term("dk, dv of every query head", 2, element, at.c, at.q, when=then))
     elif grouped:
-        terms.append(term("float32 sums of dk, dv", 2, wide, at.n, at.kv_held, when=then))
+        terms.append(term("float32 sums of dk, dv", 2, wide, at.c, at.kv_held, when=then))
     return tuple(terms)
 
 
@@ -495,7 +619,7 @@ def tiled_mlp(at: Sizes) -> Item:
     tokens = ("tokens of a tile", at.plan.mlp_tile_tokens)
     width = at.mlp_width
     inside = term("intermediates", _mlp_parts(at) + 2, ("bytes", at.d), tokens, width, when=(MLP,))
-    if at.recipe.memory.tiled_mlp is None:
+    if not at.tiles_mlp:
         return Item("tiled_mlp", (inside,))
     weights = ("parameters of an MLP", at.shape.mlp_parameters)
     return Item(
@@ -503,7 +627,7 @@ def tiled_mlp(at: Sizes) -> Item:
         (
             inside,
             term("sums of weight gradients, and a tile's", ("bytes", WIDE + at.d), weights, when=(MLP,)),
-            term("gradient of the hidden states", ("bytes", at.d), at.n, at.h, when=(MLP,)),
+            term("gradient of the hidden states", ("bytes", at.d), at.c, at.h, when=(MLP,)),
         ),
     )
 
@@ -512,6 +636,7 @@ def tiled_loss(at: Sizes) -> Item:
     """Logits and their gradient, of one tile or of the whole shard, and the gradients of hidden states and head."""
     element, wide, head = ("bytes", at.d), ("bytes", WIDE), ("head's parameters", at.shape.head_parameters)
     narrow = at.d if at.d < WIDE else 0.0
+    tokens = at.behind_layers(at.plan.loss_tile_tokens)
     logits = term(
         "logits", ("bytes", WIDE + narrow), ("tokens of a tile", at.plan.loss_tile_tokens), at.vocab, when=(LOSS,)
     )
@@ -519,9 +644,9 @@ def tiled_loss(at: Sizes) -> Item:
         "tiled_loss",
         (
             logits,
-            term("hidden states and their gradient", 3, element, at.n, at.h, when=(LOSS,)),
+            term("hidden states and their gradient", 3, element, tokens, at.h, when=(LOSS,)),
             term("gradient of the head, summed, and a tile's", ("bytes", WIDE + at.d), head, when=(LOSS,)),
-            term("hidden states and their gradient", 3, element, at.n, at.h, when=(LOSS_BACKWARD,)),
+            term("hidden states and their gradient", 3, element, tokens, at.h, when=(LOSS_BACKWARD,)),
             term("gradient of the head, scaled", ("bytes", WIDE), head, when=(LOSS_BACKWARD,)),
             term("gradient of the head, summed, and as it leaves", wide[1] + at.d, head, when=(LOSS_BACKWARD,)),
         ),
@@ -552,7 +677,16 @@ def allocator(at: Sizes, allocated: float) -> Item:
     return Item("allocator", (term("lost between blocks or not counted", ("share", share), ("allocated", allocated)),))
 
 
-ACTIVATIONS = (batch, activation_checkpoint, live_layer, tiled_norm, attention, tiled_mlp, tiled_loss)
+ACTIVATIONS = (
+    batch,
+    activation_checkpoint,
+    live_layer,
+    sequence_chunks,
+    tiled_norm,
+    attention,
+    tiled_mlp,
+    tiled_loss,
+)
 STATES = (parameters, gradients, optimizer, zero_buffers)
 OUTSIDE = (communication, context)
 """In the order of the table. A memory feature that is new gets a function above and a name here."""

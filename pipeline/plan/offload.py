@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.plan.hardware import hardware_of
-from pipeline.plan.host_memory import ARENA_ALIGNMENT, disk_staging
-from pipeline.plan.memory import Sizes, in_host_memory, on_disk
+from pipeline.plan.host_memory import ARENA_ALIGNMENT, disk_staging, hidden_states, keys_values, live_outputs
+from pipeline.plan.memory import Sizes, in_host_memory, kept_inputs, on_disk
 from pipeline.plan.terms import Term
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class Offload:
     resident_tensors: int = 0
     """The last ones that are put stay on the device."""
     tensors_per_group: int = 1
-    """An input, and with kept attention two of every layer."""
+    """An input, if it does not lie in host memory anyway; of every layer's chunk two with kept attention, and two with
+    kept keys and values."""
     disk_groups: frozenset[int] = frozenset()
     disk_bytes: int = 0
     staging_bytes: int = 0
@@ -34,6 +35,10 @@ class Offload:
     least_disk_rate: float = 0.0
     """Bytes per second: half of this rank's share of what the plan counts on."""
     ranks_of_node: int = 1
+    hidden_states_bytes: int = 0
+    """Of host memory for hidden states between layers in chunks."""
+    keys_values_bytes: int = 0
+    """Of host memory for a layer's keys and values, and their gradients."""
 
     def is_on_disk(self, position: int) -> bool:
         """Whether the tensor that is put after `position` others waits on disk."""
@@ -42,12 +47,15 @@ class Offload:
 
 def offload_of(plan: "JobPlan") -> Offload:
     at, layers = Sizes(plan), plan.model.num_layers
-    per_layer = 2 if at.keeps_attention else 0
-    pieces = at.sent_groups - len(at.disk_groups) + per_layer * (at.sent_layers - at.disk_layers)
+    inputs = 0 if at.hidden_on_host else 1
+    per_layer = 2 * plan.num_chunks * (at.keeps_attention + at.keeps_keys)
+    pieces = inputs * (at.sent_groups - len(at.disk_groups)) + per_layer * (at.sent_layers - at.disk_layers)
+    live = live_outputs(at)
+    live_pieces = 2 * plan.num_chunks * (at.layers_per_group - 1) if live else 0
     ranks, staging = plan.recipe.hardware.gpus_per_node, disk_staging(at).total
-    tensors_per_group = 1 + per_layer * at.layers_per_group
+    tensors_per_group = max(1, inputs + per_layer * at.layers_per_group)
     return Offload(
-        arena_bytes=_bytes(in_host_memory(at)) + ARENA_ALIGNMENT * pieces,
+        arena_bytes=_bytes((*in_host_memory(at), *live)) + ARENA_ALIGNMENT * (pieces + live_pieces),
         resident_tensors=at.resident_groups + per_layer * (layers - at.sent_layers),
         tensors_per_group=tensors_per_group,
         disk_groups=frozenset(at.disk_groups),
@@ -56,7 +64,17 @@ def offload_of(plan: "JobPlan") -> Offload:
         scratch=plan.recipe.hardware.scratch or tempfile.gettempdir(),
         least_disk_rate=hardware_of(plan.recipe.hardware).scratch_rate / ranks / 2,
         ranks_of_node=ranks,
+        hidden_states_bytes=_hidden_states_bytes(at),
+        keys_values_bytes=_bytes(keys_values(at)) + ARENA_ALIGNMENT * 4 * plan.num_chunks if at.keys_on_host else 0,
     )
+
+
+def _hidden_states_bytes(at: Sizes) -> int:
+    """With the inputs of groups of layers, which wait among them."""
+    if not at.hidden_on_host:
+        return 0
+    whole = (kept_inputs(at, ("groups of layers", at.groups)), *hidden_states(at))
+    return _bytes(whole) + ARENA_ALIGNMENT * (at.groups + max(4, at.layers_per_group))
 
 
 def _bytes(terms: tuple[Term, ...]) -> int:

@@ -7,8 +7,10 @@ from pipeline.plan.advice import changed
 from pipeline.plan.hardware import GIB
 from pipeline.plan.job import JobPlan, plan_job
 from pipeline.plan.limits import Load, load_of
+from pipeline.recipe.schema import ResolvedChunks
 
 CHECKPOINT = "memory.activation_checkpoint"
+CHUNKS = "memory.sequence_chunks"
 _ON_DEVICE = f"{CHECKPOINT}={{offload: null, offload_dtype: null, resident_groups: 0, disk_groups: 0}}"
 
 
@@ -42,7 +44,10 @@ def _without(plan: JobPlan) -> Iterator[tuple[str, tuple[str, ...]]]:
     checkpoint = memory.activation_checkpoint
     if checkpoint is None:
         return
-    yield "activation_checkpoint", ("memory.activation_checkpoint=null",)
+    off = ("memory.sequence_chunks=null",) if memory.sequence_chunks is not None else ()
+    yield "activation_checkpoint", (*off, "memory.activation_checkpoint=null")
+    if memory.sequence_chunks is not None:
+        yield from _without_chunks(memory.sequence_chunks.resolved)
     found = checkpoint.resolved
     if checkpoint.offload is not None:
         yield f"offload to {checkpoint.offload}", (_ON_DEVICE,)
@@ -56,6 +61,16 @@ def _without(plan: JobPlan) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "keep_attention", (f"{CHECKPOINT}.keep_attention=false",)
     if checkpoint.offload_dtype is not None:
         yield "offload_dtype", (f"{CHECKPOINT}.offload_dtype=null",)
+
+
+def _without_chunks(found: ResolvedChunks) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield "sequence_chunks", (f"{CHUNKS}=null",)
+    if found.hidden_states == "cpu":
+        yield "hidden_states on cpu", (f"{CHUNKS}.hidden_states=gpu",)
+    if found.keys_values == "cpu":
+        yield "keys_values on cpu", (f"{CHUNKS}.keys_values=gpu",)
+    if found.keep_keys_values:
+        yield "keep_keys_values", (f"{CHUNKS}.keep_keys_values=false",)
 
 
 def _load_with(plan: JobPlan, overrides: tuple[str, ...]) -> Load:

@@ -12,7 +12,7 @@ from pipeline.plan.documents import DocumentMix
 from pipeline.plan.flops import attention_flops
 from pipeline.plan.hardware import Efficiency, efficiency_of
 from pipeline.plan.host_memory import checkpoint_bytes
-from pipeline.plan.memory import Sizes, on_disk, sent
+from pipeline.plan.memory import WIDE, Sizes, on_disk, sent
 from pipeline.plan.terms import Factor, Item, Term, term
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ ELEMENTWISE_FORWARD = 150.0
 ELEMENTWISE_BACKWARD = 300.0
 """Bytes moved per hidden element of a token and layer by norms, rotary embedding, activation and residuals, in
 bfloat16: counted over the operations of a stock Llama layer."""
+
+AROUND_LAYERS = 11
+"""Copies of hidden states in host memory that are no layer's: the embedding writes them, and reads their gradient; the
+last norm reads and writes, in backward reads two and writes; the loss reads, and writes and scales a gradient."""
 
 PROCESS_START_SECONDS = 120.0
 """Of a job before it reads weights: containers, imports, groups of ranks, the self-check. An assumption."""
@@ -50,6 +54,14 @@ class Work:
     def attention_runs(self) -> int:
         """How often attention's kernel runs forward: never a third time, and once if its output is kept."""
         return 2 if self.at.checkpointed and not self.at.keeps_attention else 1
+
+    @property
+    def rebuilt_keys(self) -> float:
+        """How often keys and values are made once more for backward: those of the last chunk come with its own run."""
+        at = self.at
+        if at.chunks is None or at.keeps_keys:
+            return 0.0
+        return (self.plan.num_chunks - 1) / self.plan.num_chunks
 
     @property
     def micro_batches(self) -> Factor:
@@ -82,18 +94,20 @@ def matmuls(work: Work) -> Item:
     shape = work.at.shape
     projections = shape.num_layers * shape.attention_parameters
     mlps = shape.matmul_parameters - shape.head_parameters - projections
-    tiles = work.at.recipe.memory.tiled_mlp is not None
+    keys = shape.num_layers * 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
     parts = (
-        ("attention's projections", work.runs, projections),
-        ("MLPs", work.runs + tiles, mlps),
-        ("head", 1, shape.head_parameters),
+        ("attention's projections", 2 * work.runs + 4, projections),
+        ("MLPs", 2 * (work.runs + work.at.tiles_mlp) + 4, mlps),
+        ("head", 2 * 1 + 4, shape.head_parameters),
+        ("keys and values made again", 2 * work.rebuilt_keys, keys),
     )
     rate = work.flops_rate(work.efficiency.matmul)
     return Item(
         "matmuls",
         tuple(
-            term(what, ("runs", 2 * runs + 4), ("parameters", count), work.at.n, work.micro_batches, over=rate)
-            for what, runs, count in parts
+            term(what, ("FLOPs each", flops), ("parameters", count), work.at.n, work.micro_batches, over=rate)
+            for what, flops, count in parts
+            if flops
         ),
     )
 
@@ -114,20 +128,29 @@ def exchange(work: Work) -> Item:
         return Item("exchange", ())
     per_node = at.recipe.hardware.gpus_per_node
     rate, there = (at.hardware.gpu_link_rate, 1) if sp <= per_node else (at.hardware.fabric_rate, per_node)
-    heads = ("heads", 2 * at.shape.num_query_heads + 2 * at.kv_heads)
-    sent = term(
-        "queries, keys, values, output" + (" between nodes" if there > 1 else ""),
-        ("passes", work.runs + 1),
-        ("bytes", at.d),
-        at.n,
-        ("head_dim", at.shape.head_dim),
-        heads,
-        at.layers,
-        ("share that leaves", (sp - there) / sp),
-        work.micro_batches,
-        over=work.link(rate),
+    parts = (
+        ("queries, keys, values, output", work.runs + 1, 2 * at.shape.num_query_heads + 2 * at.kv_heads),
+        ("keys and values made again", work.rebuilt_keys, 2 * at.kv_heads),
     )
-    return Item("exchange", (sent,))
+    return Item(
+        "exchange",
+        tuple(
+            term(
+                what + (" between nodes" if there > 1 else ""),
+                ("passes", passes),
+                ("bytes", at.d),
+                at.n,
+                ("head_dim", at.shape.head_dim),
+                ("heads", heads),
+                at.layers,
+                ("share that leaves", (sp - there) / sp),
+                work.micro_batches,
+                over=work.link(rate),
+            )
+            for what, passes, heads in parts
+            if passes
+        ),
+    )
 
 
 def zero_traffic(work: Work, compute_seconds: float) -> Item:
@@ -149,11 +172,11 @@ def offload(work: Work, compute_seconds: float) -> Item:
     rate = work.link(at.hardware.host_link_rate)
     part: tuple[Factor, ...] = (("bytes", at.d), at.parameters, work.micro_batches)
     terms: list[Term] = []
-    if at.sent_groups:
-        terms += _beside(work, sent(at), (), rate, compute_seconds)
+    copied = (*_there_and_back(sent(at) if at.sent_groups else ()), *hidden_states(work), *keys_values(work))
+    terms += _beside(work, copied, rate, compute_seconds)
     if at.disk_groups:
         disk = (("bytes/s of a node's disk", at.hardware.scratch_rate),)
-        terms += _beside(work, on_disk(at), (at.ranks_of_node,), disk, compute_seconds)
+        terms += _beside(work, _there_and_back(on_disk(at), at.ranks_of_node), disk, compute_seconds)
     if at.parameters_offloaded:
         terms.append(term("weights, for both passes", 2, *part, over=(at.ranks, *rate)))
     if at.optimizer_offloaded:
@@ -161,16 +184,56 @@ def offload(work: Work, compute_seconds: float) -> Item:
     return Item("offload", tuple(terms))
 
 
-def _beside(
-    work: Work, parts: tuple[Term, ...], factors: tuple[Factor, ...], over: tuple[Factor, ...], compute_seconds: float
-) -> list[Term]:
-    """Copies there and back, less what hides behind the computation."""
-    both = [
-        term(f"{part.what}, there and back", 2, *part.factors, *factors, work.micro_batches, over=over)
-        for part in parts
-    ]
-    hidden = min(sum(part.value for part in both), compute_seconds)
-    return [*both, term("hidden behind the computation", -1, ("seconds", hidden))]
+def hidden_states(work: Work) -> tuple[Term, ...]:
+    """Those in host memory: read in each run of a layer, written but in the last, read for keys and values; their
+    gradients are read and written."""
+    at = work.at
+    if not at.hidden_on_host:
+        return ()
+    whole = (("bytes", at.d), at.n, at.h)
+    runs = work.runs + work.rebuilt_keys
+    rotary = (("bytes", at.d), at.n, ("head_dim", at.shape.head_dim), at.layers)
+    return (
+        term("hidden states of layers", ("copies", runs + work.runs - 1 + 2), *whole, at.layers),
+        term("hidden states around the layers", ("copies", AROUND_LAYERS), *whole),
+        term("cosines and sines", 2, ("copies", runs), *rotary),
+    )
+
+
+def keys_values(work: Work) -> tuple[Term, ...]:
+    """Those in host memory: written once they are made, and fetched by each later chunk of the document whenever the
+    kernel is asked; the sums of their gradients are fetched and sent back by each."""
+    at, plan = work.at, work.plan
+    if not at.keys_on_host:
+        return ()
+    windowed = at.shape.num_window_layers
+    full = at.shape.num_layers - windowed
+    pairs = full * work.documents.sum_len_squared + windowed * work.documents.sum_windowed
+    earlier = (plan.num_chunks - 1) / plan.num_chunks
+    fetched = (
+        ("keys that chunks fetch, in all layers", earlier * pairs / (2 * plan.chunk_tokens)),
+        ("KV heads held x head_dim", at.kv_held[1] / plan.sp),
+    )
+    own = (at.n, at.kv_held, at.layers)
+    return (
+        term("keys and values, for later chunks", 2, ("times", work.attention_runs + 1), ("bytes", at.d), *fetched),
+        term("sums of their gradients, there and back", 2, 2, ("bytes", WIDE), *fetched),
+        term("keys and values, written", 2, ("times", 1 + earlier), ("bytes", at.d), *own),
+        term("sums of their gradients, for the last time", 2, ("bytes", WIDE), *own),
+    )
+
+
+def _there_and_back(parts: tuple[Term, ...], *factors: Factor) -> tuple[Term, ...]:
+    return tuple(term(f"{part.what}, there and back", 2, *part.factors, *factors) for part in parts)
+
+
+def _beside(work: Work, copied: tuple[Term, ...], over: tuple[Factor, ...], compute_seconds: float) -> list[Term]:
+    """Copies, of a micro-batch, less what hides behind the computation."""
+    all_copies = [term(part.what, *part.factors, work.micro_batches, over=(*part.over, *over)) for part in copied]
+    if not all_copies:
+        return []
+    hidden = min(sum(part.value for part in all_copies), compute_seconds)
+    return [*all_copies, term("hidden behind the computation", -1, ("seconds", hidden))]
 
 
 def update(work: Work) -> Item:
