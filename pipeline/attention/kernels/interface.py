@@ -66,8 +66,13 @@ class Needs:
 
 
 class AttentionKernel(Protocol):
-    """Shapes: q, out [T, H, D]; k, v [T, J, D] with J KV heads, H a multiple of J; lse [H, T] in float32 or wider;
-    sinks [H] (gpt_oss: a logit per head that takes probability and gives no value)."""
+    """Shapes: q, out [T, H, D]; k, v [K, J, D] with J KV heads, H a multiple of J; lse [H, T] in float32 or wider;
+    sinks [H] (gpt_oss: a logit per head that takes probability and gives no value).
+
+    K is T, except for `segments.keys`: then these are earlier keys, and the call is one part of an attention whose
+    other parts the caller merges. Backward's out and lse, and so the probabilities, are those of the whole: its
+    gradients are this part's share. Sinks have no share here, they count once: with the queries' own rows.
+    """
 
     name: str
     capabilities: Capabilities
@@ -123,6 +128,13 @@ def check_supported(kernel: AttentionKernel, needs: Needs) -> None:
             f"attention kernel {kernel.name} lacks {missing}, which this model or recipe needs; "
             "set model.attention: auto, or name another kernel"
         )
+
+
+def check_call(sinks: torch.Tensor | None, segments: Segments, scoring: Scoring) -> None:
+    """Raises ValueError for earlier keys with sinks, or with a window that leaves a query without a key."""
+    if sinks is not None and segments.keys is not None:
+        raise ValueError("sinks with earlier keys: they would count twice; give them with the queries' own rows")
+    segments.window_left(scoring.window)
 
 
 def needs_of(config: Any, *, dtype: torch.dtype, deterministic: bool = False, sp: int = 1) -> Needs:
