@@ -34,6 +34,10 @@ class Offload:
     least_disk_rate: float = 0.0
     """Bytes per second: half of this rank's share of what the plan counts on."""
     ranks_of_node: int = 1
+    hidden_states_bytes: int = 0
+    """Of host memory for hidden states between layers in chunks."""
+    keys_values_bytes: int = 0
+    """Of host memory for a layer's keys and values, and their gradients."""
 
     def is_on_disk(self, position: int) -> bool:
         """Whether the tensor that is put after `position` others waits on disk."""

@@ -226,6 +226,7 @@ def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset, *, start: Cursor)
         steps=recipe.train.steps,
         seed=recipe.data.seed,
         cross_document_attention=recipe.data.cross_document_attention,
+        chunk_tokens=plan.chunk_tokens,
         order=recipe.data.order,
         prefetch=recipe.data.prefetch,
         verify=recipe.data.verify_checksums,
