@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from tests.attention_parts import parts_of, random_case, run_in_parts, run_writt
 from tests.unit.test_attention_kernels import ANYTHING, FLASH_2, CpuBackend, elements
 
 CPU = torch.device("cpu")
+SIZES = [(8, 12), (12, 8), (1, 5), (5, 1), (1, 1), (2, 3), (17, 17)]
+GAPS = [0, 1, 4, 20]
 WINDOWS = [None, 1, 2, 5, 9, 12, 17, 18, 30, 31, 100]
 
 
@@ -39,35 +42,41 @@ def assert_same(got, expected):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def aligned_at_the_last(queries, keys, left, right):
+    """[queries, keys]; -1: no bound."""
+    place = torch.arange(queries)[:, None] + keys - queries
+    key = torch.arange(keys)[None, :]
+    inside = torch.ones(queries, keys, dtype=torch.bool)
+    inside &= (key >= place - left) | (left < 0)
+    return inside & ((key <= place + right) | (right < 0))
+
+
 # Who sees what
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("gap", [0, 1, 4, 20])
-@pytest.mark.parametrize(("queries", "keys"), [(8, 12), (12, 8), (1, 5), (5, 1), (1, 1), (17, 17)])
-def test_queries_are_cut_where_the_mask_turns_from_all_to_some_to_none(queries, keys, gap, window):
-    mask = seen(queries, keys, gap=gap, window=window)
-    in_slices = torch.zeros(queries, dtype=torch.int64)
-    for which, sees_all in rectangles(queries, keys, gap=gap, window=window):
-        assert which.start < which.stop
-        in_slices[which] += 1
-        assert mask[which].any(1).all()
-        assert bool(mask[which].all()) == sees_all
-    assert torch.equal(in_slices, mask.any(1).to(torch.int64))
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_queries_are_cut_where_the_mask_turns_from_all_to_some_to_none(queries, keys, window):
+    for gap in GAPS:
+        mask = seen(queries, keys, gap=gap, window=window)
+        in_slices = torch.zeros(queries, dtype=torch.int64)
+        for which, sees_all in rectangles(queries, keys, gap=gap, window=window):
+            assert which.start < which.stop
+            in_slices[which] += 1
+            assert mask[which].any(1).all()
+            assert bool(mask[which].all()) == sees_all
+        assert torch.equal(in_slices, mask.any(1).to(torch.int64))
 
 
-@pytest.mark.parametrize("window", WINDOWS[1:])
-@pytest.mark.parametrize("gap", [0, 1, 4, 20])
-@pytest.mark.parametrize(("queries", "keys"), [(8, 12), (12, 8), (1, 5), (17, 17)])
-def test_a_window_counts_to_the_left_of_keys_aligned_at_their_last(queries, keys, gap, window):
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_a_window_counts_to_the_left_of_keys_aligned_at_their_last(queries, keys):
     """As flash-attn places queries beside keys of another number: bottom right."""
-    for which, sees_all in rectangles(queries, keys, gap=gap, window=window):
-        length, gap_of_slice = which.stop - which.start, gap + which.start
-        left = rectangle(length, keys, gap=gap_of_slice, device=CPU).window_left(None if sees_all else window)
-        assert (left == -1) == sees_all
-        place = torch.arange(length)[:, None] + keys - length
-        aligned = torch.arange(keys)[None, :] >= (torch.zeros_like(place) if sees_all else place - left)
-        assert torch.equal(aligned, seen(queries, keys, gap=gap, window=window)[which])
+    for gap, window in product(GAPS, WINDOWS):
+        mask = seen(queries, keys, gap=gap, window=window)
+        for which, sees_all in rectangles(queries, keys, gap=gap, window=window):
+            segments = rectangle(which.stop - which.start, keys, gap=gap + which.start, device=CPU)
+            left = segments.window_left(None if sees_all else window)
+            assert torch.equal(aligned_at_the_last(segments.num_tokens, keys, left, -1), mask[which])
 
 
 def test_a_window_over_the_queries_own_keys_leaves_out_the_query_itself():
@@ -260,15 +269,6 @@ def flash_4_mask(queries, keys, told):
     return aligned_at_the_last(queries, keys, *(-1 if side is None else side for side in (left, right)))
 
 
-def aligned_at_the_last(queries, keys, left, right):
-    """[queries, keys]; -1: no bound."""
-    place = torch.arange(queries)[:, None] + keys - queries
-    key = torch.arange(keys)[None, :]
-    inside = torch.ones(queries, keys, dtype=torch.bool)
-    inside &= (key >= place - left) | (left < 0)
-    return inside & ((key <= place + right) | (right < 0))
-
-
 def told_to_torch(segments, scoring):
     _, causal, window = torch_cuda._mask(segments, scoring)
     return {"causal": causal, **window, "max_seqlen_k": flash_attention_2.longest(segments)[1]}
@@ -283,19 +283,18 @@ LIBRARIES = {
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("gap", [0, 1, 4])
-@pytest.mark.parametrize(("queries", "keys"), [(8, 12), (12, 8), (1, 5), (5, 1), (1, 1), (17, 17), (2, 3)])
-def test_what_a_library_is_told_of_earlier_keys_is_their_mask(queries, keys, gap, window, name):
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_what_a_library_is_told_of_earlier_keys_is_their_mask(queries, keys, name):
     told_to, meaning = LIBRARIES[name]
-    mask = seen(queries, keys, gap=gap, window=window)
-    for which, sees_all in rectangles(queries, keys, gap=gap, window=window):
-        segments = rectangle(which.stop - which.start, keys, gap=gap + which.start, device=CPU)
-        part_window = None if sees_all else window
-        (piece,) = pieces(ANYTHING, segments, heads=1, kv_heads=1, head_dim=8, window=part_window)
-        told = told_to(piece.segments, Scoring(1.0, window=part_window))
-        got = meaning(piece.segments.num_tokens, piece.segments.num_keys, told)
-        assert torch.equal(got, mask[which, piece.keys])
+    for gap, window in product(GAPS, WINDOWS):
+        mask = seen(queries, keys, gap=gap, window=window)
+        for which, sees_all in rectangles(queries, keys, gap=gap, window=window):
+            segments = rectangle(which.stop - which.start, keys, gap=gap + which.start, device=CPU)
+            part_window = None if sees_all else window
+            (piece,) = pieces(ANYTHING, segments, heads=1, kv_heads=1, head_dim=8, window=part_window)
+            told = told_to(piece.segments, Scoring(1.0, window=part_window))
+            got = meaning(piece.segments.num_tokens, piece.segments.num_keys, told)
+            assert torch.equal(got, mask[which, piece.keys])
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

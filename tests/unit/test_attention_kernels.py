@@ -393,7 +393,15 @@ def test_an_old_copy_of_flash_attn_4_under_flash_attn_2_is_recognised_by_its_key
 # The trial before weights load
 
 
-@pytest.mark.parametrize("needs", [LLAMA, replace(LLAMA, window=True, softcap=True, queries_per_kv_head=4)], ids=str)
+@pytest.mark.parametrize(
+    "needs",
+    [
+        LLAMA,
+        replace(LLAMA, window=True, softcap=True, queries_per_kv_head=4),
+        replace(LLAMA, window=True, earlier_keys=True),
+    ],
+    ids=str,
+)
 def test_a_right_kernel_passes_its_trial_and_the_runs_random_numbers_stay(needs):
     before = torch.get_rng_state()
     try_kernel(CpuKernel(), needs, CPU)
@@ -411,6 +419,23 @@ def test_a_window_one_token_too_wide_fails_the_trial_by_name():
     try_kernel(VarlenKernel(OffByOne()), LLAMA, CPU)
     with pytest.raises(RunError, match=r"cpu backend: out is off by .* window=100"):
         try_kernel(VarlenKernel(OffByOne()), replace(LLAMA, window=True), CPU)
+
+
+class CausalAnyway(CpuBackend):
+    """A library that hides keys behind a query's place among earlier keys, as if these were its own."""
+
+    def forward(self, q, k, v, segments, scoring):
+        if segments.keys is None:
+            return super().forward(q, k, v, segments, scoring)
+        rows = segments.num_tokens
+        own = segments_of(torch.tensor([0, rows], dtype=torch.int32), device=CPU)
+        return super().forward(q, k[-rows:].contiguous(), v[-rows:].contiguous(), own, scoring)
+
+
+def test_earlier_keys_under_a_causal_mask_fail_the_trial_by_name_where_they_are_needed():
+    try_kernel(VarlenKernel(CausalAnyway()), LLAMA, CPU)
+    with pytest.raises(RunError, match=r"cpu backend: out is off by .* and earlier keys"):
+        try_kernel(VarlenKernel(CausalAnyway()), replace(LLAMA, earlier_keys=True), CPU)
 
 
 @pytest.mark.parametrize("window", [None, 4])
