@@ -87,7 +87,7 @@ class Segments:
         return -1 if window is None else self.num_tokens
 
     def first_seen(self, window: int | None) -> int:
-        """The first key that a query sees, of earlier keys: what the first query sees and no later one goes beyond."""
+        """The first of the earlier keys that any query sees: the first query's, which looks back furthest."""
         return 0 if self.keys is None or window is None else max(0, self.first_position - window + 1)
 
 
