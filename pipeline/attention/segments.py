@@ -42,6 +42,15 @@ class Segments:
         return self.num_tokens if self.keys is None else self.keys.tokens
 
     @property
+    def key_cu_seqlens(self) -> torch.Tensor:
+        return self.cu_seqlens if self.keys is None else self.keys.cu_seqlens
+
+    @property
+    def max_keys(self) -> int:
+        """Keys of the document that has most."""
+        return self.max_len if self.keys is None else self.keys.tokens
+
+    @property
     def first_position(self) -> int:
         """Where the first query stands, counted in keys: query a is at `first_position + a`."""
         return 0 if self.keys is None else self.keys.tokens + self.keys.gap
@@ -67,6 +76,19 @@ class Segments:
                 f"{window}: each query must see a key, and there must be no more queries than keys; cut by rectangles()"
             )
         return left
+
+    def window_right(self, window: int | None) -> int:
+        """The same to the right: none of its own rows, all of earlier keys. -1: no window over these.
+
+        Given in numbers because flash-attn 2 makes -1, beside a left side, as many as there are keys.
+        """
+        if self.keys is None:
+            return 0
+        return -1 if window is None else self.num_tokens
+
+    def first_seen(self, window: int | None) -> int:
+        """The first of the earlier keys that any query sees: the first query's, which looks back furthest."""
+        return 0 if self.keys is None or window is None else max(0, self.first_position - window + 1)
 
 
 def segments_of(cu_seqlens: torch.Tensor, *, device: torch.device) -> Segments:

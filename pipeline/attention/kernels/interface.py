@@ -63,6 +63,8 @@ class Needs:
     deterministic: bool = False
     queries_per_kv_head: int = 1
     """Decides which variants a kernel that compiles at run time compiles; nothing is refused for it."""
+    earlier_keys: bool = False
+    """Queries that look at blocks of earlier keys (sequence chunks): every kernel here can, its trial tries it."""
 
 
 class AttentionKernel(Protocol):
@@ -137,7 +139,9 @@ def check_call(sinks: torch.Tensor | None, segments: Segments, scoring: Scoring)
     segments.window_left(scoring.window)
 
 
-def needs_of(config: Any, *, dtype: torch.dtype, deterministic: bool = False, sp: int = 1) -> Needs:
+def needs_of(
+    config: Any, *, dtype: torch.dtype, deterministic: bool = False, sp: int = 1, earlier_keys: bool = False
+) -> Needs:
     """From a transformers config (of a text model, or holding one)."""
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -153,6 +157,7 @@ def needs_of(config: Any, *, dtype: torch.dtype, deterministic: bool = False, sp
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         deterministic=deterministic,
         queries_per_kv_head=heads // max(kv_heads, sp),
+        earlier_keys=earlier_keys,
     )
 
 
