@@ -21,6 +21,7 @@ from pipeline.attention.segments import segments_of
 from pipeline.memory.apply import Attached, attach_features
 from pipeline.model.build import build_model
 from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.shard import Layout
 from pipeline.plan.job import JobPlan
 
 DOCUMENT = 64
@@ -42,7 +43,8 @@ def measured(plan: JobPlan) -> Measured:
     bounds = torch.arange(0, plan.seq_len + 1, DOCUMENT, dtype=torch.int32)
     group = dist.group.WORLD if plan.sp > 1 else None
     mesh = Mesh(rank=0, world_size=plan.sp, sp=plan.sp, sp_group=group)
-    context = AttentionContext(segments_of(bounds, device=torch.device("cpu")), mesh, CpuKernel())
+    layout = Layout(plan.seq_len, plan.sp, plan.chunk_tokens)
+    context = AttentionContext(segments_of(bounds, device=torch.device("cpu")), mesh, CpuKernel(), layout)
     inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(plan.local_seq_len)[None]}
 
     def step() -> None:

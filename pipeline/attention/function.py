@@ -11,12 +11,15 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from pipeline.attention.chunks import ChunkAttention
 from pipeline.attention.kernels import AttentionKernel, Scoring
+from pipeline.attention.kernels.interface import AttentionGrads
 from pipeline.attention.segments import Segments
 from pipeline.attention.tape import AttentionTape, Output
 from pipeline.errors import RecipeError, RunError
 from pipeline.parallel.exchange import heads_to_sequence, sequence_to_heads
 from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.shard import Layout
 
 NAME = "alst"
 """In config._attn_implementation. It must not contain "sdpa": transformers would build masks for it."""
@@ -32,8 +35,45 @@ class AttentionContext:
     segments: Segments
     mesh: Mesh
     kernel: AttentionKernel
+    layout: Layout | None = None
+    """How the sample lies over the ranks; read by what runs layers in chunks."""
     tape: AttentionTape | None = None
     """Set by what runs a layer more than once; None asks the kernel every time."""
+    chunk: ChunkAttention | None = None
+    """Set by what runs a layer in chunks; None is the whole sample at once."""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scoring: Scoring,
+    ) -> Output:
+        """(out, lse) of the kernel, or off the tape."""
+
+        def ask_kernel() -> Output:
+            if self.chunk is not None:
+                return self.chunk.forward(self.kernel, q, k, v, sinks, scoring)
+            return self.kernel.forward(q, k, v, sinks, self.segments, scoring)
+
+        return ask_kernel() if self.tape is None else self.tape.play_or_record(ask_kernel)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scoring: Scoring,
+    ) -> AttentionGrads:
+        """Of the kernel; of keys and values in earlier chunks it is added to theirs."""
+        if self.chunk is not None:
+            return self.chunk.backward(self.kernel, dout, q, k, v, sinks, out, lse, scoring)
+        return self.kernel.backward(dout, q, k, v, sinks, out, lse, self.segments, scoring)
 
 
 def register() -> None:
@@ -78,6 +118,8 @@ def alst_attention(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap
     )
     sinks = None if s_aux is None else s_aux.chunk(mesh.sp)[mesh.sp_rank]
+    if context.chunk is not None:
+        context.chunk.enter(k_SJD, v_SJD, sliding_window)
     out_SHD: torch.Tensor = _Attention.apply(q_SHD, k_SJD, v_SJD, sinks, context, scoring)
     return heads_to_sequence(out_SHD, mesh)[None], None
 
@@ -127,16 +169,12 @@ class _Attention(torch.autograd.Function):
         context: AttentionContext,
         scoring: Scoring,
     ) -> torch.Tensor:
-        def ask_kernel() -> Output:
-            return context.kernel.forward(q, k, v, sinks, context.segments, scoring)
-
-        out, lse = context.tape.play_or_record(ask_kernel) if context.tape else ask_kernel()
+        out, lse = context.forward(q, k, v, sinks, scoring)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.context, ctx.scoring = context, scoring
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        context = ctx.context
-        of = context.kernel.backward(grads[0], *ctx.saved_tensors, context.segments, ctx.scoring)
+        of = ctx.context.backward(grads[0], *ctx.saved_tensors, ctx.scoring)
         return of.dq, of.dk, of.dv, of.dsinks, None, None

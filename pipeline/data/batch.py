@@ -3,6 +3,7 @@
 Between packed data set and model in the data path.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.data.loss_runs import clipped, count_labels, mask_of_runs
 from pipeline.data.packed_dataset import PackedDataset, PackedSample
-from pipeline.parallel.shard import Shard, shard_of
+from pipeline.parallel.shard import Layout, Shard
 
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """An SP rank's shard of a sample. `local_seq_len` = seq_len / sp."""
+    """An SP rank's part of a sample, in the order of its layout. `local_seq_len` = seq_len / sp."""
 
     input_ids: torch.Tensor
     """int64 [1, local_seq_len]; zeros in the padding"""
@@ -47,37 +48,54 @@ def batch_of(
     *,
     sp_rank: int = 0,
     sp: int = 1,
+    chunk_tokens: int | None = None,
     cross_document_attention: bool = False,
     length: int | None = None,
     verify: bool = True,
 ) -> Batch:
-    """The shard of `sp_rank` of a sample, or of the sample's first `length` tokens; reads `[start, stop + 1)` only.
+    """The part of `sp_rank` of a sample, or of the sample's first `length` tokens; of each of its shards it reads
+    `[start, stop + 1)` only.
 
-    With `verify`, also the rest of the slices at both ends, to check them. A document that `length` cuts keeps its
-    first part, whose last token then predicts nothing. Raises ValueError if `sp` does not divide the length, or the
-    length is not within the sample; DataError if what is read is not what was written.
+    `chunk_tokens` as in Layout. With `verify`, also the rest of the slices at both ends, to check them. A document that
+    `length` cuts keeps its first part, whose last token then predicts nothing. Raises ValueError if `sp` does not
+    divide the length, or the length is not within the sample; DataError if what is read is not what was written.
     """
     seq_len = dataset.seq_len if length is None else length
     if not 0 < seq_len <= dataset.seq_len:
         raise ValueError(f"length {seq_len} is not within 1 and seq_len {dataset.seq_len}")
-    shard = shard_of(sp_rank, sp=sp, seq_len=seq_len)
+    shards = Layout(seq_len, sp, chunk_tokens).shards(sp_rank)
     known = dataset.sample(sample)
     boundaries = boundaries_within(known, length=seq_len)
-    stop = min(shard.stop + 1, seq_len)
-    tokens = dataset.read_tokens(sample, shard.start, stop, verify=verify).astype(np.int64)
-    counts = mask_of_runs(known.loss_runs, start=shard.start, stop=stop)
-    n_tokens = int(boundaries[-1])
     attended = boundaries[[0, -1]] if cross_document_attention else boundaries
+    input_ids, labels = zip(
+        *(_read(dataset, sample, shard, seq_len, boundaries=boundaries, verify=verify) for shard in shards), strict=True
+    )
+    n_tokens = int(boundaries[-1])
     return Batch(
-        input_ids=torch.from_numpy(tokens[: shard.tokens]).unsqueeze(0),
-        labels=torch.from_numpy(_labels(tokens, counts=counts, shard=shard, boundaries=boundaries)).unsqueeze(0),
-        position_ids=torch.from_numpy(_position_ids(shard=shard, boundaries=attended)).unsqueeze(0),
+        input_ids=_row(input_ids),
+        labels=_row(labels),
+        position_ids=_row([_position_ids(shard=shard, boundaries=attended) for shard in shards]),
         cu_seqlens=torch.from_numpy(attended.astype(np.int32)),
         n_tokens=n_tokens,
         n_valid=count_labels(clipped(known.loss_runs, start=0, stop=n_tokens), cu_seqlens=boundaries),
         seq_len=seq_len,
         sample=sample,
     )
+
+
+def _read(
+    dataset: PackedDataset, sample: int, shard: Shard, seq_len: int, *, boundaries: NDArray[np.int64], verify: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(input ids, labels) of a shard of the sample's first `seq_len` tokens, each int64 [shard.tokens]."""
+    stop = min(shard.stop + 1, seq_len)
+    tokens = dataset.read_tokens(sample, shard.start, stop, verify=verify).astype(np.int64)
+    counts = mask_of_runs(dataset.sample(sample).loss_runs, start=shard.start, stop=stop)
+    return tokens[: shard.tokens], _labels(tokens, counts=counts, shard=shard, boundaries=boundaries)
+
+
+def _row(parts: Sequence[NDArray[np.int64]]) -> torch.Tensor:
+    """Parts [n] -> int64 [1, sum of n]; of one part its own memory."""
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts)).unsqueeze(0)
 
 
 def boundaries_within(sample: PackedSample, *, length: int) -> NDArray[np.int64]:

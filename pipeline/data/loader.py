@@ -123,6 +123,8 @@ class PackedLoader:
     """Of the whole run."""
     seed: int
     cross_document_attention: bool = False
+    chunk_tokens: int | None = None
+    """As in Layout."""
     start: Cursor = Cursor()
     """Where this job goes on."""
     order: Literal["shuffled", "by_cost"] = "shuffled"
@@ -175,6 +177,7 @@ class PackedLoader:
             self.dataset,
             sp_rank=self.sp_rank,
             sp=self.sp,
+            chunk_tokens=self.chunk_tokens,
             cross_document_attention=self.cross_document_attention,
             verify=self.verify,
         )

@@ -23,6 +23,7 @@ from torch import nn
 
 from pipeline.attention.tape import AttentionTape
 from pipeline.errors import RunError
+from pipeline.memory.layer_call import CHANGED_BETWEEN_LAYERS, refuse_gradients_of_others, same_values
 from pipeline.memory.offload import Store
 from pipeline.model.anatomy import decoder_layers
 
@@ -75,34 +76,19 @@ def _checkpoint(
     call = _Call(layer, others)
     if not torch.is_grad_enabled():
         return call.run(hidden_states)
-    _refuse_gradients_of_others(call)
+    refuse_gradients_of_others(getattr(layer, "keywords", {}), others)
     if not hidden_states.requires_grad:
         raise RunError("a layer's input needs no gradient (frozen embeddings?): its parameters would get none either")
     if is_first:
         group.calls, group.input = [], hidden_states
-    elif group.input is None or not _same_memory(hidden_states, group.input):
-        raise RunError(
-            "the model changes hidden states between its layers, which layers_per_group would undo; "
-            "set memory.activation_checkpoint.layers_per_group: 1"
-        )
+    elif group.input is None or not same_values(hidden_states, group.input):
+        raise RunError(CHANGED_BETWEEN_LAYERS)
     group.calls.append(call)
     if len(group.calls) < group.size:
         return hidden_states
     calls, group.calls, group.input = group.calls, [], None
     out: torch.Tensor = _Checkpoint.apply(calls, group.store, group.keep_attention, hidden_states)
     return out
-
-
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both hold the same values because they are the same bytes: hooks of ZeRO-3 make new tensors of them."""
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one._version == other._version
-
-
-def _refuse_gradients_of_others(call: _Call) -> None:
-    keywords = getattr(call.layer, "keywords", {})
-    for name, value in (*enumerate(call.others), *keywords.items()):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            raise RunError(f"the layer's argument {name} needs a gradient of its own; this model is not supported")
 
 
 class _Checkpoint(torch.autograd.Function):

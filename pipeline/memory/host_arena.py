@@ -29,6 +29,8 @@ class HostArena:
         self._taken: list[tuple[int, int]] = []
         """Block, and its top before, of every piece that was taken."""
         self._returned: set[int] = set()
+        self.peak_bytes = 0
+        """The most that was in use at once."""
         if capacity_bytes:
             self._grow(capacity_bytes)
 
@@ -50,6 +52,7 @@ class HostArena:
         begin = self._tops[block]
         self._taken.append((block, begin))
         self._tops[block] = begin + size
+        self.peak_bytes = max(self.peak_bytes, sum(self._tops))
         piece = self._blocks[block][begin : begin + like.nbytes]
         return len(self._taken) - 1, piece.view(like.dtype).view(like.shape)
 

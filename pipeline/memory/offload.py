@@ -80,7 +80,7 @@ class HostStore:
         self._is_on_disk = is_on_disk
         self._capacity_bytes, self._resident_tensors, self._ahead = capacity_bytes, resident_tensors, ahead
         self._arena: HostArena | None = None
-        self._copies: _Copies | _StreamCopies | None = None
+        self._copies: Copies | StreamCopies | None = None
         self._open: list[Handle] = []
         """All that were put and not asked for, the last on top."""
         self._residents: deque[Handle] = deque()
@@ -104,7 +104,7 @@ class HostStore:
 
     def reserve(self, *, pinned: bool) -> None:
         """Takes the memory now; else it is taken with the first tensor."""
-        self._copies = _StreamCopies() if pinned else _Copies()
+        self._copies = StreamCopies() if pinned else Copies()
         self._arena = HostArena(capacity_bytes=self._capacity_bytes, pinned=pinned)
 
     @waiting("offload_stall")
@@ -197,7 +197,7 @@ def unchanged(handle: Handle) -> torch.Tensor:
     return handle.resident
 
 
-class _Copies:
+class Copies:
     """On a CPU: copies, at once."""
 
     def send(self, tensor: torch.Tensor, into: torch.Tensor, handle: Handle) -> None:
@@ -210,8 +210,11 @@ class _Copies:
         assert handle.resident is not None
         return handle.resident
 
+    def settle(self) -> None:
+        """What was sent is there, for every reader."""
 
-class _StreamCopies:
+
+class StreamCopies:
     """On a GPU: a stream for each direction, and events that say who waits for whom."""
 
     def __init__(self) -> None:
@@ -234,7 +237,8 @@ class _StreamCopies:
         """Starts the way back. The memory it goes to may still be read by what was computed before."""
         handle.resident = torch.empty_like(waiting, device=handle.device)
         self._back.wait_stream(torch.cuda.current_stream())
-        self._back.wait_event(handle.arrival)
+        if handle.arrival is not None:  # it was sent from here, and not yet known to be there
+            self._back.wait_event(handle.arrival)
         with torch.cuda.stream(self._back):
             handle.resident.copy_(waiting, non_blocking=True)
         handle.arrival = self._back.record_event()
@@ -247,6 +251,10 @@ class _StreamCopies:
             torch.cuda.current_stream().wait_event(event)
         torch.cuda.current_stream().wait_event(handle.arrival)
         return handle.resident
+
+    def settle(self) -> None:
+        """Waits on the host: from here on it, too, may read what was sent."""
+        self._out.synchronize()
 
 
 class DeviceStore:

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import RecipeError, RunError
+from pipeline.memory.hidden_states import OnDevice
+from pipeline.memory.tiled_module import tiles
 from pipeline.model.anatomy import backbone, lm_head
 
 IGNORE_INDEX = -100
@@ -115,13 +117,14 @@ class _BackboneOutput:
         return self.last_hidden_state if index == 0 else None
 
 
-def attach(model: PreTrainedModel, *, tile_tokens: int, kernel: Kernel = "own") -> None:
+def attach(model: PreTrainedModel, *, tile_tokens: int, kernel: Kernel = "own", states: OnDevice | None = None) -> None:
     """The model's forward takes `labels` and returns the sum of the loss over this rank's valid labels.
 
     `token_losses`, float32 [S/sp], is filled with each token's own if it is given; kernel liger knows sums only, and
-    leaves it as it is. Labels are already shifted. Backbone, then head with labels, both inside one call of the model:
-    around it, ZeRO-3 under gradient accumulation would keep only the last micro-batch's gradient. Raises RunError for a
-    model whose head does what is not known here, RecipeError if the kernel cannot do it or is not installed.
+    leaves it as it is. Labels are already shifted. `states` says where hidden states lie. Backbone, then head with
+    labels, both inside one call of the model: around it, ZeRO-3 under gradient accumulation would keep only the last
+    micro-batch's gradient. Raises RunError for a model whose head does what is not known here, RecipeError if the
+    kernel cannot do it or is not installed.
     """
     transform = logits_transform(model)
     if kernel == "liger":
@@ -140,6 +143,7 @@ def attach(model: PreTrainedModel, *, tile_tokens: int, kernel: Kernel = "own") 
             tile_tokens=tile_tokens,
             transform=transform,
             token_losses=token_losses,
+            states=states,
         )
 
     def loss_sum(
@@ -164,14 +168,17 @@ def tiled_loss(
     tile_tokens: int,
     transform: LogitsTransform,
     token_losses: torch.Tensor | None = None,
+    states: OnDevice | None = None,
 ) -> torch.Tensor:
     """The sum of cross-entropy over labels that are not IGNORE_INDEX, a scalar in float32 (float64 for float64).
 
     hidden_states [1, S, hidden]; weight [vocab, hidden]; bias [vocab] or None; labels int64 [1, S]; token_losses
     [S], filled with the loss of each token, 0 where its label does not count.
     """
+    states = states or OnDevice()
+    states.entered(hidden_states)
     loss: torch.Tensor = _TiledLoss.apply(
-        hidden_states.flatten(0, 1), weight, bias, labels.flatten(), tile_tokens, transform, token_losses
+        hidden_states, weight, bias, labels, tile_tokens, transform, token_losses, states
     )
     return loss
 
@@ -187,49 +194,49 @@ class _TiledLoss(torch.autograd.Function):
         tile_tokens: int,
         transform: LogitsTransform,
         token_losses: torch.Tensor | None,
+        states: OnDevice,
     ) -> torch.Tensor:
         # No output of this function: nothing flows back through it. One that nobody reads where nobody asked for it.
-        each = hidden.new_empty(len(hidden), dtype=torch.float32) if token_losses is None else token_losses
+        each = weight.new_empty(hidden.shape[1], dtype=torch.float32) if token_losses is None else token_losses
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=wide)
-        if not any(ctx.needs_input_grad):
-            for (x, y), told in zip(_tiles(hidden, labels, tile_tokens), each.split(tile_tokens), strict=True):
-                losses, _ = _tile_loss(x, y, weight, bias, transform)
-                told.copy_(losses)
-                total += losses.sum()
-            return total
-        dhidden = torch.zeros_like(hidden)
-        # Summed over tiles in float32: bfloat16 would round away what the later tiles add.
-        dweight = torch.zeros_like(weight, dtype=wide)
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        parts = (_tiles(hidden, labels, tile_tokens), dhidden.split(tile_tokens), each.split(tile_tokens))
-        for (x, y), dx, told in zip(*parts, strict=True):
-            losses, dz = _tile_loss(x, y, weight, bias, transform)
-            told.copy_(losses)
+        total = weight.new_zeros((), dtype=wide)
+        needs_gradients = any(ctx.needs_input_grad)
+        if needs_gradients:
+            dhidden = states.empty(hidden.shape, hidden.dtype, hidden.device)
+            # Summed over tiles in float32: bfloat16 would round away what the later tiles add.
+            dweight = torch.zeros_like(weight, dtype=wide)
+            dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        for rows, x in tiles(hidden, tile_tokens, states, weight.device):
+            y = labels[0, rows].to(weight.device, non_blocking=True)
+            losses, dz = _tile_loss(x[0], y, weight, bias, transform)
+            each[rows].copy_(losses)
             total += losses.sum()
+            if not needs_gradients:
+                continue
             narrow = dz.to(hidden.dtype)
-            torch.mm(narrow, weight, out=dx)
-            dweight += narrow.t() @ x
+            states.write(dhidden, rows, torch.mm(narrow, weight)[None])
+            dweight += narrow.t() @ x[0]
             if dbias is not None:
                 dbias += dz.sum(0)
-        ctx.save_for_backward(dhidden, dweight, dbias)
-        ctx.tile_tokens, ctx.weight_dtype = tile_tokens, weight.dtype
+        states.settle()
+        if needs_gradients:
+            ctx.save_for_backward(dhidden, dweight, dbias)
+            ctx.tile_tokens, ctx.weight_dtype, ctx.states, ctx.device = tile_tokens, weight.dtype, states, weight.device
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dhidden, dweight, dbias = ctx.saved_tensors
+        states: OnDevice = ctx.states
         # The factor stays wide: rounded to bfloat16 it would bias every gradient by up to 0.4 %.
         factor = grads[0]
-        scaled = torch.empty_like(dhidden)
-        for tile, out in zip(dhidden.split(ctx.tile_tokens), scaled.split(ctx.tile_tokens), strict=True):
-            out.copy_(tile.to(factor.dtype) * factor)
+        scaled = states.empty(dhidden.shape, dhidden.dtype, dhidden.device)
+        for rows, tile in tiles(dhidden, ctx.tile_tokens, states, ctx.device):
+            states.write(scaled, rows, (tile.to(factor.dtype) * factor).to(dhidden.dtype))
+        states.settle()
+        states.give_back(dhidden.data_ptr())
         dbias = None if dbias is None else (dbias * factor).to(ctx.weight_dtype)
-        return scaled, (dweight * factor).to(ctx.weight_dtype), dbias, None, None, None, None
-
-
-def _tiles(hidden: torch.Tensor, labels: torch.Tensor, tile_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(zip(hidden.split(tile_tokens), labels.split(tile_tokens), strict=True))
+        return scaled, (dweight * factor).to(ctx.weight_dtype), dbias, None, None, None, None, None
 
 
 def _tile_loss(

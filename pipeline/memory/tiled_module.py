@@ -3,28 +3,33 @@
 What it computes on the way exists for one tile only; its input is all that is kept.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.errors import RunError
+from pipeline.memory.hidden_states import OnDevice
 
 
 class TiledModule(nn.Module):
     """Runs a module over tiles of the sequence. It adopts the module's children and parameters under their own names.
 
-    [1, S, hidden] -> [1, S, hidden]. Any module that treats tokens one by one fits; the last tile may be shorter. Of
-    one that returns a tuple (gpt_oss: its router's scores as well) the rest is None.
+    [1, S, hidden] -> [1, S, hidden], and of an embedding [1, S] -> [1, S, hidden]. Any module that treats tokens one by
+    one fits; the last tile may be shorter. Of one that returns a tuple (gpt_oss: its router's scores as well) the rest
+    is None.
     """
 
     feature: str
     """Of the recipe, for messages"""
 
-    def __init__(self, stock: nn.Module, *, tile_tokens: int) -> None:
+    def __init__(self, stock: nn.Module, *, tile_tokens: int, states: OnDevice | None = None) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = stock._modules, stock._parameters, stock._buffers
         self.tile_tokens = tile_tokens
+        self.states = states or OnDevice()
+        """Where its input and output lie."""
         # In a tuple, or nn.Module would register it and every parameter would have a second name.
         self._stock = (stock,)
 
@@ -38,8 +43,10 @@ class TiledModule(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         if others or named:
             raise RunError(f"{type(self.stock).__name__} takes more than hidden states; set {self.feature}: null")
-        run = _Tile(self.stock, self.feature)
-        out: torch.Tensor = _Tiled.apply(run, self.tile_tokens, hidden_states, *self.parameters())
+        device = next((parameter.device for parameter in self.parameters()), hidden_states.device)
+        run = _Tile(self.stock, self.feature, self.tile_tokens, self.states, device, kept=torch.is_grad_enabled())
+        self.states.entered(hidden_states)
+        out: torch.Tensor = _Tiled.apply(run, hidden_states, *self.parameters())
         return out if run.others is None else (out, *[None] * run.others)
 
     def train(self, mode: bool = True) -> "TiledModule":
@@ -49,10 +56,20 @@ class TiledModule(nn.Module):
 
 
 class _Tile:
-    """A module as a function of one tensor."""
+    """A module as a function of one tensor, some rows at a time."""
 
-    def __init__(self, module: nn.Module, feature: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        feature: str,
+        tile_tokens: int,
+        states: OnDevice,
+        device: torch.device,
+        *,
+        kept: bool,
+    ) -> None:
         self.module, self.feature = module, feature
+        self.tile_tokens, self.states, self.device, self.kept = tile_tokens, states, device, kept
         self.others: int | None = None
         """How many values follow the output in the tuple that the module returns; None if it returns no tuple."""
 
@@ -61,9 +78,26 @@ class _Tile:
         if isinstance(out, tuple):
             out, *others = out
             self.others = len(others)
-        if not isinstance(out, torch.Tensor) or out.shape != x.shape:
+        if not isinstance(out, torch.Tensor) or out.shape[: x.dim()] != x.shape:
             raise RunError(f"{type(self.module).__name__} does not return what it takes; set {self.feature}: null")
         return out
+
+    def tiles(self, whole: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows, and the tensor's part there, on the device; the next part is on its way."""
+        yield from tiles(whole, self.tile_tokens, self.states, self.device)
+
+
+def tiles(
+    whole: torch.Tensor, tile_tokens: int, states: OnDevice, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of [1, S, …] in order, each with the tensor's part there, on the device; the next is on its way."""
+    starts = range(0, whole.shape[1], tile_tokens)
+    rows = [slice(start, min(start + tile_tokens, whole.shape[1])) for start in starts]
+    for now, following in zip(rows, [*rows[1:], None], strict=True):
+        part = states.read(whole, now, device)
+        if following is not None:
+            states.start(whole, following, device)
+        yield now, part
 
 
 class _Tiled(torch.autograd.Function):
@@ -71,44 +105,63 @@ class _Tiled(torch.autograd.Function):
     parameter once per layer, with no flag for the last tile."""
 
     @staticmethod
-    def forward(
-        ctx: Any, run: _Tile, tile_tokens: int, hidden_states: torch.Tensor, *parameters: nn.Parameter
-    ) -> torch.Tensor:
-        ctx.run, ctx.tile_tokens, ctx.parameters = run, tile_tokens, parameters
+    def forward(ctx: Any, run: _Tile, hidden_states: torch.Tensor, *parameters: nn.Parameter) -> torch.Tensor:
+        ctx.run, ctx.parameters = run, parameters
         ctx.save_for_backward(hidden_states)
-        first, *rest = hidden_states.split(tile_tokens, 1)
-        y = run(first)
-        out = torch.empty_like(hidden_states, dtype=y.dtype)
-        out[:, :tile_tokens] = y
-        del y
-        for x, into in zip(rest, out.split(tile_tokens, 1)[1:], strict=True):
-            into.copy_(run(x))
+        out: torch.Tensor | None = None
+        for rows, x in run.tiles(hidden_states):
+            y = run(x)
+            if out is None:
+                shape = (*hidden_states.shape[:2], *y.shape[2:])
+                out = run.states.empty(torch.Size(shape), y.dtype, y.device, kept=run.kept)
+            run.states.write(out, rows, y)
+            del y
+        assert out is not None, "a sequence has tokens"
+        run.states.settle()
+        ctx.link = run.states.made(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (hidden_states,) = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden_states)
+        (whole,) = ctx.saved_tensors
+        run, grad = ctx.run, grads[0]
+        run.states.give_back(ctx.link.data_ptr)
+        has_gradient = whole.is_floating_point()  # token ids have none
+        dwhole = run.states.empty(whole.shape, whole.dtype, whole.device) if has_gradient else None
         trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]
         sums: list[torch.Tensor | None] = [None] * len(trained)
-        tiles = (tensor.split(ctx.tile_tokens, 1) for tensor in (hidden_states, grads[0], dhidden))
-        for x, dy, dx in zip(*tiles, strict=True):
-            x = x.detach().requires_grad_()
+        for (rows, x), (_, dy) in zip(run.tiles(whole), run.tiles(grad), strict=True):
+            x = x.detach().requires_grad_(has_gradient)
             with torch.enable_grad():
-                y = ctx.run(x)
-            tile_dx, *tile_grads = torch.autograd.grad(y, (x, *trained), dy, allow_unused=True)
-            dx.copy_(tile_dx)
-            sums = [_add(total, grad) for total, grad in zip(sums, tile_grads, strict=True)]
-        of_trained = zip(trained, sums, strict=True)
-        # Zero, not None, for an expert that no token of this rank chose: ZeRO waits for every parameter on every rank.
-        found = {
-            id(parameter): torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
-            for parameter, total in of_trained
-        }
-        return None, None, dhidden, *(found.get(id(parameter)) for parameter in ctx.parameters)
+                y = run(x)
+            wanted = (x, *trained) if has_gradient else trained
+            found = list(torch.autograd.grad(y, wanted, dy, allow_unused=True))
+            if dwhole is not None:
+                run.states.write(dwhole, rows, found.pop(0))
+            sums = [add_in_float32(total, one) for total, one in zip(sums, found, strict=True)]
+        run.states.settle()
+        if ctx.link.is_direct:
+            run.states.give_back(grad.data_ptr())
+        return None, dwhole, *as_gradients(ctx.parameters, sums)
 
 
-def _add(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+def as_gradients(
+    parameters: Sequence[nn.Parameter], sums: Sequence[torch.Tensor | None]
+) -> Iterator[torch.Tensor | None]:
+    """One for each parameter, out of the sums of those that are trained.
+
+    Zero, not None, for an expert that no token of this rank chose: ZeRO waits for every parameter on every rank.
+    """
+    trained = iter(sums)
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            yield None
+            continue
+        total = next(trained)
+        yield torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+
+
+def add_in_float32(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
     """A running sum in float32 or wider: bfloat16 would round away what the later tiles add."""
     if grad is None:
         return total

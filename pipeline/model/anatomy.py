@@ -54,6 +54,16 @@ def norms(parent: nn.Module) -> list[str]:
     return [name for name, child in parent.named_children() if "RMSNorm" in type(child).__name__]
 
 
+def embeddings(parent: nn.Module) -> list[str]:
+    """The names of the embeddings among a module's own children."""
+    return [name for name, child in parent.named_children() if isinstance(child, nn.Embedding)]
+
+
+def last_norms(parent: nn.Module) -> list[str]:
+    """The names of a backbone's own norms, of whatever kind: what hidden states pass behind its layers."""
+    return [name for name, _ in parent.named_children() if "norm" in name or name.startswith("ln_")]
+
+
 def mlps(layer: nn.Module) -> list[str]:
     """The names of a decoder layer's MLPs. Raises RecipeError if none of its children is known to be one."""
     found = [name for name, child in layer.named_children() if name in MLP_NAMES]

@@ -23,6 +23,7 @@ from pipeline.errors import RunError
 from pipeline.memory.apply import attach
 from pipeline.model.anatomy import decoder_layers
 from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.shard import Layout
 from pipeline.recipe.load import load
 
 BOUNDS = (0, 23, 24, 61)
@@ -124,19 +125,23 @@ def train_attached(
     memory = load(
         "tiny", overrides=["memory.activation_checkpoint={offload: cpu, resident_groups: 0, disk_groups: 0}", *features]
     ).memory
+    chunk_tokens = BOUNDS[-1] if memory.sequence_chunks is None else memory.sequence_chunks.resolved.chunk_tokens
     attach(
         model,
         memory,
         norm_tile_tokens=NORM_TILE_TOKENS,
         mlp_tile_tokens=MLP_TILE_TOKENS,
         loss_tile_tokens=LOSS_TILE_TOKENS,
+        local_chunk_tokens=chunk_tokens,
     )
     counting = _CountingKernel(kernel or CpuKernel())
     segments = segments_of(torch.tensor(BOUNDS, dtype=torch.int32), device=torch.device("cpu"))
-    context = AttentionContext(segments, Mesh(rank=0, world_size=1, sp=1, sp_group=None), counting)
+    mesh, layout = Mesh(rank=0, world_size=1, sp=1, sp_group=None), Layout(BOUNDS[-1], 1, chunk_tokens)
+    context = AttentionContext(segments, mesh, counting, layout)
     with mode():
         loss = model(**sample(model.config.get_text_config().vocab_size), attention_context=context)
-        if counting.calls == 0 or counting.calls % layers:
+        in_chunks = memory.sequence_chunks is not None  # which counts for itself
+        if counting.calls == 0 or (counting.calls % layers and not in_chunks):
             raise RunError(f"{counting.calls} calls of attention that can be replaced in {layers} layers")
         loss.backward()
     return Training(float(loss.detach()), _gradients(model))

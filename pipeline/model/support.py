@@ -31,6 +31,8 @@ from pipeline.plan.model_support import MORE_THAN_TEXT, Support, require_exact
 BOUND = 1e-9
 """Largest relative difference in float64; what is right is below 1e-13."""
 
+IN_CHUNKS = "memory.sequence_chunks={chunk_tokens: 9, hidden_states: cpu, keys_values: cpu, keep_keys_values: false}"
+
 MOST_PARAMETERS = 5_000_000
 """A tiny instance with more was not made small by the sizes that are known here."""
 
@@ -52,7 +54,8 @@ def probe(model_type: str) -> Support:
         )
     with _quiet():
         reason = _first_trouble(model_type)
-    return Support(reason is None, reason or "", transformers.__version__)
+        no_chunks = None if reason else _first_trouble(model_type, features=(IN_CHUNKS,))
+    return Support(reason is None, reason or "", transformers.__version__, no_chunks or "")
 
 
 @contextmanager
@@ -66,23 +69,23 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _first_trouble(model_type: str) -> str | None:
+def _first_trouble(model_type: str, features: tuple[str, ...] = ()) -> str | None:
     try:
         tiny = list(configurations(model_type))
     except Exception as error:  # any architecture's own code
         return f"no tiny config of it can be made: {_one_line(error)}"
     for name, config in tiny:
-        trouble = _trouble(model_type, config)
+        trouble = _trouble(model_type, config, features)
         if trouble is not None:
             return trouble if name == model_type else f"{name}: {trouble}"
     return None
 
 
-def _trouble(model_type: str, config: dict[str, Any]) -> str | None:
+def _trouble(model_type: str, config: dict[str, Any], features: tuple[str, ...]) -> str | None:
     """Why a configuration does not train exactly. Whatever an architecture's own code raises is a reason, too."""
     try:
         _require_text_decoder(model_type, config)
-        ours = _attached(model_type, config)
+        ours = _attached(model_type, config, features)
         stock = _stock(model_type, config)
     except AlstError as error:
         return _one_line(error)
@@ -103,9 +106,10 @@ def _stock(model_type: str, config: dict[str, Any]) -> Training:
     return trained[0]
 
 
-def _attached(model_type: str, config: dict[str, Any]) -> Training:
+def _attached(model_type: str, config: dict[str, Any], features: tuple[str, ...]) -> Training:
     register()
-    return train_attached(build_tiny(model_type, config, attention=ALST_ATTENTION), mode=NothingBelowFloat64)
+    model = build_tiny(model_type, config, attention=ALST_ATTENTION)
+    return train_attached(model, mode=NothingBelowFloat64, features=features)
 
 
 def _judged(difference: Difference) -> str | None:

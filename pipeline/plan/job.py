@@ -18,6 +18,7 @@ from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.hardware import GIB
 from pipeline.plan.image import Image
 from pipeline.plan.model_shape import ModelShape, divisors, model_shape
+from pipeline.plan.model_support import require_chunks
 from pipeline.plan.placement import placed
 from pipeline.recipe.load import check
 from pipeline.recipe.schema import READING_KEYS, Recipe, TiledMLP, TiledNorm
@@ -116,6 +117,8 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
     `shape` is the model's when it is known already: a compute node may not hold the model's config.json.
     """
     shape = shape or model_shape(recipe.model)
+    if recipe.memory.sequence_chunks is not None:
+        require_chunks(shape.model_type)
     sp = _resolve_sp(recipe, shape, recipe.hardware.nodes * recipe.hardware.gpus_per_node)
     if recipe.data.seq_len == "auto":
         return longest(lambda seq_len: _fastest_plan(recipe, shape, sp, seq_len), sp=sp)

@@ -33,6 +33,8 @@ class Support:
     reason: str
     transformers: str
     """The version this was measured with."""
+    no_chunks: str = ""
+    """Why its layers cannot run a chunk of the sequence at a time; empty if they can."""
 
 
 @cache
@@ -65,6 +67,16 @@ def require_supported(model_type: str) -> None:
         if decoder is not None and decoder.supported:
             remedy = f"set model.config.model_type={found.reason.removeprefix(MORE_THAN_TEXT)} to train that alone"
         raise RecipeError(f"model_type = {model_type!r}: would not train exactly: {found.reason}; {remedy}")
+
+
+def require_chunks(model_type: str) -> None:
+    """Raises RecipeError if the layers of this model type, which trains exactly, cannot run in chunks."""
+    reason = supported_models()[model_type].no_chunks
+    if reason:
+        raise RecipeError(
+            f"memory.sequence_chunks: must be null for model_type {model_type!r}: {reason}; "
+            "set memory.sequence_chunks: null"
+        )
 
 
 COLLECTIONS: Mapping[str, type] = {

@@ -110,6 +110,7 @@ def _own_batches(trainee: Trainee, held_out: HeldOut) -> Iterator[tuple[Batch, b
             sample,
             sp_rank=mesh.sp_rank,
             sp=mesh.sp,
+            chunk_tokens=trainee.plan.chunk_tokens,
             cross_document_attention=trainee.plan.recipe.data.cross_document_attention,
         )
         yield batch, number < len(samples)

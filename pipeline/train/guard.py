@@ -19,7 +19,7 @@ from pipeline.data.packed_dataset import PackedDataset
 from pipeline.errors import RunError
 from pipeline.files import write_json
 from pipeline.model.anatomy import lm_head
-from pipeline.parallel.shard import shard_of
+from pipeline.parallel.shard import Layout
 from pipeline.plan.run_dir import RunDir
 from pipeline.train.step import StepResult, Trainee, model_inputs
 
@@ -79,7 +79,7 @@ class Guard:
         return [suspect for of_rank in found for suspect in of_rank]
 
     def _positions_not_finite(self, batch: StepBatch, micro_batch: int) -> torch.Tensor:
-        """Positions in this rank's shard, int64 [n], at which the head gets hidden states that are not finite."""
+        """Positions among this rank's tokens, int64 [n], at which the head gets hidden states that are not finite."""
         found: list[torch.Tensor] = []
 
         def look(_: Any, arguments: tuple[Any, ...]) -> None:
@@ -94,13 +94,17 @@ class Guard:
         return found[0]
 
     def _suspect(self, batch: StepBatch, micro_batch: int, positions: torch.Tensor) -> Suspect:
-        mesh = self.trainee.mesh
-        shard = shard_of(mesh.sp_rank, sp=mesh.sp, seq_len=self.dataset.seq_len)
+        mesh, plan = self.trainee.mesh, self.trainee.plan
+        layout = Layout(self.dataset.seq_len, mesh.sp, plan.chunk_tokens)
         sample = batch.micro_batches.samples[micro_batch]
-        documents = documents_within(self.dataset, sample, start=shard.start, stop=shard.stop)
-        bad = positions + shard.start
-        guilty = tuple(d for d in documents if ((bad >= d.start) & (bad < d.stop)).any())
-        return Suspect(mesh.rank, micro_batch, sample, guilty or documents)
+        documents: list[Any] = []
+        guilty: list[Any] = []
+        for shard, place in zip(layout.shards(mesh.sp_rank), layout.local, strict=True):
+            here = documents_within(self.dataset, sample, start=shard.start, stop=shard.stop)
+            bad = positions[(positions >= place.start) & (positions < place.stop)] - place.start + shard.start
+            documents += here
+            guilty += [d for d in here if ((bad >= d.start) & (bad < d.stop)).any()]
+        return Suspect(mesh.rank, micro_batch, sample, tuple(dict.fromkeys(guilty or documents)))
 
 
 def _record(batch: StepBatch, result: StepResult, suspects: list[Suspect]) -> dict[str, Any]:

@@ -199,9 +199,14 @@ def _attention(plan: JobPlan, config: Any, device: torch.device) -> Choice:
 
 
 def attention_needs(plan: JobPlan, config: Any) -> Needs:
-    """What the model, its dtype, the mesh and `train.deterministic` ask of a kernel."""
-    dtype, deterministic = getattr(torch, plan.recipe.model.dtype), plan.recipe.train.deterministic
-    return needs_of(config, dtype=dtype, deterministic=deterministic, sp=plan.sp)
+    """What the model, its dtype, the mesh, chunks and `train.deterministic` ask of a kernel."""
+    return needs_of(
+        config,
+        dtype=getattr(torch, plan.recipe.model.dtype),
+        deterministic=plan.recipe.train.deterministic,
+        sp=plan.sp,
+        earlier_keys=plan.recipe.memory.sequence_chunks is not None,
+    )
 
 
 def _check_same_kernel(attention: Choice) -> None:
@@ -226,6 +231,7 @@ def _loader(plan: JobPlan, mesh: Mesh, dataset: PackedDataset, *, start: Cursor)
         steps=recipe.train.steps,
         seed=recipe.data.seed,
         cross_document_attention=recipe.data.cross_document_attention,
+        chunk_tokens=plan.chunk_tokens,
         order=recipe.data.order,
         prefetch=recipe.data.prefetch,
         verify=recipe.data.verify_checksums,

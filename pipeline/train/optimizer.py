@@ -42,7 +42,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, on: str) -> list[
 def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights of linear maps, experts' among them; no norm, no bias (experts' biases are stacked to two dims), no
     embedding, also where the head shares its weight."""
-    embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    modules = (getattr(module, "stock", module) for module in model.modules())  # an embedding may be inside a tiled one
+    embeddings = {p for module in modules if isinstance(module, nn.Embedding) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         dims = len(getattr(parameter, "ds_shape", parameter.shape))
         if dims > 1 and not name.endswith("bias") and parameter not in embeddings:

@@ -48,18 +48,16 @@ class Recorder:
         """For the step that begins; None where the model's loss does not tell them."""
         if not self._attached.tells_token_losses:
             return None
-        return TokenLosses(self._trainee.plan.seq_len, self._trainee.mesh, self._trainee.device)
+        return TokenLosses(self._trainee.layout, self._trainee.mesh, self._trainee.device)
 
     def measure(self, losses: TokenLosses | None) -> list[RankMetric]:
         """Of this rank, at the end of a step, which ends with it."""
-        store = self._attached.store
-        pinned, spilled = (0, 0) if store is None else (store.pinned_bytes, store.spilled_bytes)
         return [
             *self.timer.end_step().metrics(),
             *memory_metrics(),
-            RankMetric("pinned_bytes", pinned, Reduction.SUM),
+            RankMetric("pinned_bytes", self._attached.pinned_bytes, Reduction.SUM),
             RankMetric("offloaded_bytes", self._attached.offloaded_bytes, Reduction.MAX),
-            RankMetric("disk_spill_bytes", spilled, Reduction.SUM),
+            RankMetric("disk_spill_bytes", self._attached.spilled_bytes, Reduction.SUM),
             *(() if losses is None else losses.metrics()),
         ]
 

@@ -7,6 +7,7 @@ must agree; a difference is fatal.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from pipeline.data.batch import IGNORE_INDEX, Batch
 from pipeline.errors import RunError
 from pipeline.memory.apply import features_off
 from pipeline.metrics.meter import StepTimer
-from pipeline.parallel.mesh import Mesh
-from pipeline.parallel.shard import shard_of
+from pipeline.parallel.shard import Layout
+from pipeline.plan.job import JobPlan
 from pipeline.train.step import StepResult, Trainee, model_inputs, run_step
 
 
@@ -52,7 +53,9 @@ def self_check(trainee: Trainee, whole: Batch) -> Check:
     model: PreTrainedModel = trainee.engine.module
     with features_off(model, forward=_stock_loss_sum, attention=stock_attention(model)):
         stock = _trial_step(trainee, _documents(sample, trainee.device), sample.n_valid * mesh.world_size)
-    ours = _trial_step(trainee, [model_inputs(shard_of_sample(sample, mesh), trainee)], sample.n_valid * mesh.dp)
+    layout = Layout(sample.seq_len, mesh.sp, _chunk_tokens(trainee.plan, sample.seq_len))
+    inputs = model_inputs(shard_of_sample(sample, layout, mesh.sp_rank), trainee, chunk_tokens=layout.chunk_tokens)
+    ours = _trial_step(trainee, [inputs], sample.n_valid * mesh.dp)
     if ours.grad_norm is None or stock.grad_norm is None:
         raise RunError(f"self-check: DeepSpeed gave no gradient norm at zero.stage {trainee.plan.recipe.zero.stage}")
     check = Check(ours.loss, stock.loss, ours.grad_norm, stock.grad_norm)
@@ -133,13 +136,22 @@ def _in_two_documents(whole: Batch) -> Batch:
     )
 
 
-def shard_of_sample(sample: Batch, mesh: Mesh) -> Batch:
-    """This rank's part of a sample that every rank holds whole."""
-    part = shard_of(mesh.sp_rank, sp=mesh.sp, seq_len=sample.seq_len)
-    own = slice(part.start, part.stop)
+def _chunk_tokens(plan: JobPlan, seq_len: int) -> int:
+    """Of the short sample: three chunks where training has several, so that their borders are checked as well."""
+    if plan.recipe.memory.sequence_chunks is None:
+        return seq_len
+    return min(plan.chunk_tokens, ceil(seq_len / (3 * plan.sp)) * plan.sp)
+
+
+def shard_of_sample(sample: Batch, layout: Layout, sp_rank: int) -> Batch:
+    """A rank's part of a sample that every rank holds whole."""
+
+    def own(whole: torch.Tensor) -> torch.Tensor:
+        return torch.cat([whole[:, part.start : part.stop] for part in layout.shards(sp_rank)], dim=1)
+
     return replace(
         sample,
-        input_ids=sample.input_ids[:, own],
-        labels=sample.labels[:, own],
-        position_ids=sample.position_ids[:, own],
+        input_ids=own(sample.input_ids),
+        labels=own(sample.labels),
+        position_ids=own(sample.position_ids),
     )

@@ -15,6 +15,7 @@ from pipeline.data.batch import Batch
 from pipeline.metrics.meter import StepTimer, peak_host_rss_bytes
 from pipeline.metrics.reduction import Gathered, RankMetric, Reduction
 from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.shard import Layout
 from pipeline.plan.job import JobPlan
 from pipeline.plan.queue import Request
 from pipeline.train.engine import loss_scale
@@ -29,6 +30,11 @@ class Trainee:
     mesh: Mesh
     kernel: AttentionKernel
     device: torch.device
+
+    @property
+    def layout(self) -> Layout:
+        """Of the samples of training."""
+        return Layout(self.plan.seq_len, self.mesh.sp, self.plan.chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -85,15 +91,21 @@ def run_step(
     return _result(_gather(mine, trainee), update, valid_tokens)
 
 
-def model_inputs(batch: Batch, trainee: Trainee) -> dict[str, Any]:
-    """This rank's shard of a sample as the model takes it."""
-    device = trainee.device
-    segments = segments_of(batch.cu_seqlens, device=device)
+def model_inputs(batch: Batch, trainee: Trainee, *, chunk_tokens: int | None = None) -> dict[str, Any]:
+    """This rank's part of a sample as the model takes it; `chunk_tokens` is the plan's, unless it is told."""
+    device, chunks = trainee.device, trainee.plan.recipe.memory.sequence_chunks
+    tokens_on = torch.device("cpu") if chunks is not None and chunks.resolved.hidden_states == "cpu" else device
+    layout = Layout(batch.seq_len, trainee.mesh.sp, chunk_tokens or trainee.plan.chunk_tokens)
     return {
-        "input_ids": batch.input_ids.to(device),
-        "labels": batch.labels.to(device),
-        "position_ids": batch.position_ids.to(device),
-        "attention_context": AttentionContext(segments=segments, mesh=trainee.mesh, kernel=trainee.kernel),
+        "input_ids": batch.input_ids.to(tokens_on),
+        "labels": batch.labels.to(tokens_on),
+        "position_ids": batch.position_ids.to(tokens_on),
+        "attention_context": AttentionContext(
+            segments=segments_of(batch.cu_seqlens, device=device),
+            mesh=trainee.mesh,
+            kernel=trainee.kernel,
+            layout=layout,
+        ),
     }
 
 

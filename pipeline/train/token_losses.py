@@ -15,7 +15,7 @@ from pipeline.data.batch import IGNORE_INDEX, Batch
 from pipeline.metrics.buckets import bucket_edges, bucket_names
 from pipeline.metrics.reduction import RankMetric, Reduction
 from pipeline.parallel.mesh import Mesh
-from pipeline.parallel.shard import shard_of
+from pipeline.parallel.shard import Layout
 
 BY_POSITION, BY_DOCUMENT_LENGTH = "loss_by_position", "loss_by_document_length"
 
@@ -24,7 +24,7 @@ BY_POSITION, BY_DOCUMENT_LENGTH = "loss_by_position", "loss_by_document_length"
 class TokenLosses:
     """One step's, of this rank: what its forwards fill in, and the bucket of every token."""
 
-    seq_len: int
+    layout: Layout
     mesh: Mesh
     device: torch.device
     _parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class TokenLosses:
     def buffer(self, batch: Batch, boundaries: NDArray[Any]) -> torch.Tensor:
         """What the forward of this micro-batch is to fill, float32 [S/sp]. `boundaries` are those of the sample's
         documents, whatever may attend to what."""
-        edges = torch.tensor(bucket_edges(self.seq_len), device=self.device)
+        edges = torch.tensor(bucket_edges(self.layout.seq_len), device=self.device)
         losses = torch.zeros(batch.labels.shape[1], dtype=torch.float32, device=self.device)
         positions = batch.position_ids[0].to(self.device)
         lengths = torch.from_numpy(self._document_lengths(boundaries)).to(self.device)
@@ -44,13 +44,13 @@ class TokenLosses:
 
     def metrics(self) -> list[RankMetric]:
         """Mean loss of every bucket, weighted by its tokens; waits for the device once."""
-        buckets = len(bucket_edges(self.seq_len)) + 1
+        buckets = len(bucket_edges(self.layout.seq_len)) + 1
         table = torch.zeros(2, 2, buckets, dtype=torch.float64, device=self.device)  # place, sum and count
         for losses, counts, *places in self._parts:
             for row, place in zip(table, places, strict=True):
                 row[0].index_add_(0, place, losses.double())  # 0 where the label does not count
                 row[1].index_add_(0, place, counts.double())
-        names = [bucket_names(kind, self.seq_len) for kind in (BY_POSITION, BY_DOCUMENT_LENGTH)]
+        names = [bucket_names(kind, self.layout.seq_len) for kind in (BY_POSITION, BY_DOCUMENT_LENGTH)]
         return [
             RankMetric(name, total / count if count else 0.0, Reduction.WEIGHTED_MEAN, weight=count)
             for kind, (totals, counts) in zip(names, table.tolist(), strict=True)
@@ -58,12 +58,12 @@ class TokenLosses:
         ]
 
     def _document_lengths(self, boundaries: NDArray[Any]) -> NDArray[np.int64]:
-        """Of the document that each token of this rank's shard is in, int64 [S/sp]; 0 in the padding."""
-        shard = shard_of(self.mesh.sp_rank, sp=self.mesh.sp, seq_len=self.seq_len)
-        inside = np.diff(np.clip(boundaries, shard.start, shard.stop))
-        lengths = np.zeros(shard.tokens, np.int64)
-        repeated = np.repeat(np.diff(boundaries).astype(np.int64), inside)
-        lengths[: len(repeated)] = repeated
+        """Of the document that each of this rank's tokens is in, int64 [S/sp]; 0 in the padding."""
+        lengths = np.zeros(self.layout.local_seq_len, np.int64)
+        for shard, place in zip(self.layout.shards(self.mesh.sp_rank), self.layout.local, strict=True):
+            inside = np.diff(np.clip(boundaries, shard.start, shard.stop))
+            repeated = np.repeat(np.diff(boundaries).astype(np.int64), inside)
+            lengths[place][: len(repeated)] = repeated
         return lengths
 
 

@@ -9,6 +9,7 @@ from pipeline.attention.kernels import Needs, Scoring, choose
 from pipeline.attention.kernels.choice import fastest_first
 from pipeline.attention.kernels.cpu import CpuKernel
 from pipeline.attention.kernels.varlen import VarlenKernel
+from tests.attention_parts import parts_of, random_case, run_in_parts, run_written_out, seen
 from tests.gpu.support import (
     NAMES,
     RELATIVE,
@@ -135,6 +136,66 @@ def _limited(kernel: VarlenKernel, max_elements: int) -> VarlenKernel:
     limited = VarlenKernel(kernel._backend)
     limited.capabilities = replace(kernel.capabilities, max_elements=max_elements)
     return limited
+
+
+CUTS = {
+    "even": (0, 512, 1024, 1536, 2048),
+    "uneven": (0, 1, 700, 701, 1500, 2077),
+    "one query": (0, 1000, 2000, 2001),
+    "few queries": (0, 129, 1300, 1363),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("changes", [{}, {"window": 300}, {"window": 900}, {"softcap": 30.0}], ids=str)
+@pytest.mark.parametrize("cuts", CUTS)
+def test_blocks_of_earlier_keys_make_up_a_documents_attention_and_its_gradients(name, cuts, changes, head_dim):
+    compare_parts(name, CUTS[cuts], usual(head_dim, **changes), dims=(head_dim, head_dim))
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 900}], ids=str)
+@pytest.mark.parametrize("dims", [(20, 20), (192, 128)], ids=str)
+def test_blocks_of_earlier_keys_match_at_other_head_dims_with_sinks(name, dims, changes):
+    compare_parts(name, CUTS["uneven"], usual(dims[0], **changes), dims=dims, with_sinks=True)
+
+
+@pytest.mark.parametrize("window", [None, 100, 900])
+def test_a_deterministic_backward_of_earlier_keys_ends_and_gives_the_same_bits(name, window):
+    """Of a block whose first keys no query's window reaches, too: flash-attn 3 of 2.8 would wait for these."""
+    scoring = usual(window=window)
+    needs = Needs(128, 128, torch.bfloat16, window=window is not None, deterministic=True)
+    kernel = kernel_or_skip(name, needs)
+    case = random_case(512, 2048, heads=(8, 2), dims=(128, 128), dtype=torch.bfloat16, device=torch.device("cuda"))
+    first, *others = (run_in_parts(kernel, case, parts_of((0, 1536, 2048), scoring, case.q.device)) for _ in range(3))
+    assert all(torch.equal(first[part], other[part]) for other in others for part in first)
+
+
+@pytest.mark.parametrize("window", [None, 900])
+@pytest.mark.parametrize("limit_heads", [1, 4])
+def test_calls_of_earlier_keys_split_by_heads_give_what_one_call_gives(name, limit_heads, window):
+    whole = kernel_or_skip(name)
+    scoring, device = usual(window=window), torch.device("cuda")
+    case = random_case(512, 2048, heads=(8, 2), dims=(128, 128), dtype=torch.bfloat16, device=device)
+    parts = parts_of((0, 1536, 2048), scoring, device)
+    limited = _limited(whole, limit_heads * 128 * (1536 + 2 * 128))
+    assert_close(run_in_parts(limited, case, parts), run_in_parts(whole, case, parts), 5e-3)
+
+
+def compare_parts(
+    name: str, cuts: tuple[int, ...], scoring: Scoring, *, dims: tuple[int, int], with_sinks: bool = False
+) -> None:
+    """The last chunk's attention, merged, against the definition in float64."""
+    needs = Needs(
+        *dims, torch.bfloat16, window=scoring.window is not None, softcap=scoring.softcap is not None, earlier_keys=True
+    )
+    kernel, device = kernel_or_skip(name, needs), torch.device("cuda")
+    queries, keys = cuts[-1] - cuts[-2], cuts[-1]
+    case = random_case(
+        queries, keys, heads=(8, 2), dims=dims, dtype=torch.bfloat16, device=device, with_sinks=with_sinks
+    )
+    got = run_in_parts(kernel, case, parts_of(cuts, scoring, device))
+    mask = seen(queries, keys, gap=-queries, window=scoring.window).to(device)
+    assert_close(got, run_written_out(case.double(), mask, scoring), RELATIVE[torch.bfloat16])
 
 
 def test_more_than_2_to_the_31_elements_of_queries_match_the_same_documents_alone(name):

@@ -7,6 +7,14 @@ LOCAL_SEQ_LEN = {1: 119, 2: 61, 4: 31, 8: 15}
 
 NO_LOSS, NO_MLP, NO_NORM = "memory.tiled_loss=null", "memory.tiled_mlp=null", "memory.tiled_norm=null"
 
+CHUNKS = "memory.sequence_chunks={chunk_tokens: 40, hidden_states: gpu, keys_values: gpu, keep_keys_values: false}"
+"""By sp: two of 40 tokens and 39 more, three and 2 or 4 more, and three."""
+CHUNKS_ON_HOST = (
+    "memory.sequence_chunks={chunk_tokens: 56, hidden_states: cpu, keys_values: cpu, keep_keys_values: true}"
+)
+ONE_CHUNK = "memory.sequence_chunks={chunk_tokens: 400, hidden_states: gpu, keys_values: cpu, keep_keys_values: false}"
+"""Longer than any sequence here."""
+
 FEATURES = {
     "none": (NO_LOSS, NO_MLP, NO_NORM, "memory.activation_checkpoint=null"),
     "loss": (NO_MLP, NO_NORM, "memory.activation_checkpoint=null"),
@@ -19,6 +27,8 @@ FEATURES = {
         "memory.activation_checkpoint.keep_attention=true",
         "memory.activation_checkpoint.layers_per_group=2",
     ),
+    "chunks": (CHUNKS,),
+    "chunks on the host": (CHUNKS_ON_HOST, "memory.activation_checkpoint.keep_attention=true"),
     "disk": ("memory.activation_checkpoint={offload: disk, disk_groups: 1, resident_groups: 1, checksums: true}",),
 }
 """Overrides that leave each memory feature alone on, or all, or all and what the default leaves off."""

@@ -200,7 +200,10 @@ def distributed(
         self_check(trainee, samples[0][0])
     for step in samples:
         valid = sum(batch.n_valid for batch in step)
-        mine = [model_inputs(shard_of_sample(batch, mesh), trainee) for batch in step[mesh.dp_rank :: mesh.dp]]
+        mine = [
+            model_inputs(shard_of_sample(batch, trainee.layout, mesh.sp_rank), trainee)
+            for batch in step[mesh.dp_rank :: mesh.dp]
+        ]
         yield _engine_step(trainee, mine, valid) if case.engine else _plain_step(model, mine, valid)
     if engine is not None:
         engine.destroy()

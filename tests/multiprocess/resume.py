@@ -49,7 +49,8 @@ class Job:
             position = self.cursor.position + (step - self.cursor.step) * plan.samples_per_step
             batches = [whole_sample(position + offset, plan.seq_len) for offset in range(plan.samples_per_step)]
             mine = [
-                model_inputs(shard_of_sample(batch, mesh), self.trainee) for batch in batches[mesh.dp_rank :: mesh.dp]
+                model_inputs(shard_of_sample(batch, self.trainee.layout, mesh.sp_rank), self.trainee)
+                for batch in batches[mesh.dp_rank :: mesh.dp]
             ]
             valid = sum(batch.n_valid for batch in batches)
             yield run_step(self.trainee, mine, valid_tokens=valid, learning_rate=1e-2, timer=StepTimer()).loss

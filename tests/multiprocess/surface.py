@@ -75,7 +75,7 @@ def weights_of(trainee: Trainee) -> dict[str, torch.Tensor]:
 
 def step_on(trainee: Trainee, *, valid_tokens: int, change: Callable[[Any], None]) -> StepResult:
     """One step on the first sample of the parity suite, after `change` of this rank's batch."""
-    batch = shard_of_sample(whole_sample(0, trainee.plan.seq_len), trainee.mesh)
+    batch = shard_of_sample(whole_sample(0, trainee.plan.seq_len), trainee.layout, trainee.mesh.sp_rank)
     change(batch)
     return run_step(
         trainee, [model_inputs(batch, trainee)], valid_tokens=valid_tokens, learning_rate=LR, timer=StepTimer()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.architectures import MAINSTREAM
-from tests.multiprocess.case import Case
+from tests.multiprocess.case import CHUNKS, CHUNKS_ON_HOST, ONE_CHUNK, Case
 from tests.multiprocess.ranks import ON_CPU, run_ranks
 
 FLOAT64_BOUND = 1e-9
@@ -50,6 +50,8 @@ CLIPPED = ("optimizer.lr=1e-1", "train.grad_clip=0.5")
 """Gradients of these samples are far longer; without clipping those of the next steps would be others altogether."""
 
 CHECKPOINT = "memory.activation_checkpoint"
+KEPT, GROUPS = f"{CHECKPOINT}.keep_attention=true", f"{CHECKPOINT}.layers_per_group=2"
+PARAMETERS_ON_HOST = ("zero.offload_optimizer=cpu", "zero.offload_parameters=cpu")
 ON_DISK = f"{CHECKPOINT}={{offload: disk, disk_groups: 1, resident_groups: 0, keep_attention: true, checksums: true}}"
 TWO_RANKS = [
     Case(sp=2, engine=False),
@@ -74,6 +76,17 @@ TWO_RANKS = [
     Case(dp=2, stage=1, accumulation=2, steps=2, overrides=(ON_DISK, f"{CHECKPOINT}.resident_groups=1")),
     Case(sp=2, stage=2, overrides=(ON_DISK, f"{CHECKPOINT}.layers_per_group=2")),
     Case(dp=2, stage=0, accumulation=3, overrides=(f"{CHECKPOINT}={{keep_attention: true, resident_groups: 1}}",)),
+    Case(sp=2, engine=False, overrides=(CHUNKS,)),
+    Case(sp=2, engine=False, overrides=(CHUNKS_ON_HOST, KEPT, GROUPS)),
+    Case("llama-one-kv-head", sp=2, engine=False, overrides=(ONE_CHUNK,)),
+    *(Case(sp=2, stage=stage, accumulation=2, self_check=True, overrides=(CHUNKS, GROUPS)) for stage in range(4)),
+    *(Case(sp=2, stage=stage, self_check=True, overrides=(CHUNKS_ON_HOST, KEPT)) for stage in (0, 3)),
+    Case(sp=2, stage=3, self_check=True, overrides=(CHUNKS_ON_HOST, KEPT, GROUPS, *PARAMETERS_ON_HOST)),
+    Case(sp=2, stage=3, accumulation=3, steps=3, overrides=(*CLIPPED, CHUNKS)),
+    Case(sp=2, stage=3, overrides=("model.dtype=bfloat16", CHUNKS, GROUPS)),
+    Case("llama-tied", dp=2, stage=2, accumulation=3, overrides=(CHUNKS_ON_HOST,)),
+    Case(sp=2, stage=3, accumulation=3, overrides=(CHUNKS, ON_DISK)),
+    Case(sp=2, stage=3, no_labels=True, overrides=(CHUNKS,)),
 ]
 IN_FP8 = [
     Case(sp=2, stage=3, accumulation=2, overrides=(f"{CHECKPOINT}.offload_dtype=fp8",)),
@@ -84,6 +97,11 @@ ARCHITECTURES_AT_SP_2 = [
 ]
 ZERO_3_NAMES = ("gemma2", "gpt_oss", "mistral", "phi3", "qwen3_moe", "deepseek_v3", "granite")
 ARCHITECTURES_UNDER_ZERO_3 = [Case(name, sp=2, stage=3) for name in ZERO_3_NAMES]
+IN_CHUNKS_NAMES = ("gpt_oss", "mistral", "qwen3_moe", "deepseek_v3", "gpt2")
+ARCHITECTURES_IN_CHUNKS = [
+    *(Case(name, sp=2, stage=3, self_check=True, overrides=(CHUNKS,)) for name in IN_CHUNKS_NAMES),
+    *(Case(name, sp=2, engine=False, overrides=(CHUNKS_ON_HOST, KEPT)) for name in ("gpt_oss", "mistral", "gemma2")),
+]
 ADAM = "optimizer={name: adamw, lr: 1e-2, weight_decay: 0.1}"
 ADAM_STEPS = [Case(sp=2, stage=stage, steps=4, self_check=True, overrides=(ADAM,)) for stage in (0, 1, 2, 3)]
 DEFAULTS = ("model.dtype=bfloat16", "optimizer={name: adamw, lr: 1e-5}", "zero.offload_optimizer=cpu")
@@ -92,7 +110,7 @@ ON_HOST = [
     Case(sp=2, stage=3, overrides=(*DEFAULTS, "optimizer.states_dtype=bfloat16")),
 ]
 ADAM_ON_HOST = Case(sp=2, stage=3, steps=4, self_check=True, overrides=(ADAM, "zero.offload_optimizer=cpu"))
-WHOLE = [*TWO_RANKS, *ARCHITECTURES_AT_SP_2, *ARCHITECTURES_UNDER_ZERO_3]
+WHOLE = [*TWO_RANKS, *ARCHITECTURES_AT_SP_2, *ARCHITECTURES_UNDER_ZERO_3, *ARCHITECTURES_IN_CHUNKS]
 BROKEN = [Case(sp=2, sabotage=what) for what in ("scale", "boundary", "mask")]
 
 

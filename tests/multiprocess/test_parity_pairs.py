@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.launch.snapshot import ROOT, commit
-from tests.multiprocess.case import FEATURES, Case
+from tests.multiprocess.case import CHUNKS, CHUNKS_ON_HOST, FEATURES, Case
 from tests.multiprocess.test_parity import check, run
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,7 +97,12 @@ MANY_RANKS = [
     for name in ("gpt_oss", "gemma2", "deepseek_v3", "mixtral", "qwen2-window")
     for sp in (4, 8)
 ]
-CASES = sorted([*map(case_of, ROWS), *MANY_RANKS], key=lambda case: case.ranks)
+IN_CHUNKS = [
+    Case(name, sp=sp, stage=3, accumulation=2, overrides=(chunks,))
+    for name in ("gpt_oss", "mistral")
+    for sp, chunks in ((4, CHUNKS_ON_HOST), (8, CHUNKS))
+]
+CASES = sorted([*map(case_of, ROWS), *MANY_RANKS, *IN_CHUNKS], key=lambda case: case.ranks)
 
 
 class Launches:

@@ -55,6 +55,18 @@ KEPT = "memory.activation_checkpoint.keep_attention=true"
 GROUPS = "memory.activation_checkpoint.layers_per_group=2"  # of three layers
 
 
+IN_CHUNKS = (
+    "memory.sequence_chunks={chunk_tokens: 9, hidden_states: gpu, keys_values: gpu, keep_keys_values: false}",
+    GROUPS,
+)
+ON_HOST = (
+    "memory.sequence_chunks={chunk_tokens: 14, hidden_states: cpu, keys_values: cpu, keep_keys_values: true}",
+    KEPT,
+)
+FEATURES = {"each layer": (), "kept attention, groups": (KEPT, GROUPS), "chunks, groups": IN_CHUNKS, "on host": ON_HOST}
+NOT_IN_CHUNKS = [name for name, support in supported_models().items() if support.no_chunks]
+
+
 def difference(name: str, *, mode=NothingBelowFloat64, kernel=None, features=()) -> Difference:
     config = ARCHITECTURES[name]
     model_type = config.pop("model_type")
@@ -65,10 +77,12 @@ def difference(name: str, *, mode=NothingBelowFloat64, kernel=None, features=())
     return compare(ours, stock)
 
 
-@pytest.mark.parametrize("features", [(), (KEPT, GROUPS)], ids=["each layer", "kept attention, groups"])
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("name", [*MAINSTREAM, *OTHERS])
 def test_loss_and_every_gradient_are_those_of_the_stock_model(name, features):
-    found = difference(name, features=features)
+    if name in NOT_IN_CHUNKS and FEATURES[features] in (IN_CHUNKS, ON_HOST):
+        pytest.skip(supported_models()[name].no_chunks)
+    found = difference(name, features=FEATURES[features])
     assert found.loss <= BOUND, found
     assert found.gradient <= BOUND, found
     assert found.not_zero == (), found

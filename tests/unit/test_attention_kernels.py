@@ -31,7 +31,7 @@ from pipeline.attention.kernels.presence import AbsentError, Presence, installed
 from pipeline.attention.kernels.split import DOCUMENT_PADDING, pieces
 from pipeline.attention.kernels.trial import try_kernel
 from pipeline.attention.kernels.varlen import VarlenKernel
-from pipeline.attention.segments import segments_of
+from pipeline.attention.segments import rectangle, segments_of
 from pipeline.errors import RunError, UserError
 
 CPU = torch.device("cpu")
@@ -50,24 +50,33 @@ class CpuBackend:
         self.calls = 0
 
     def forward(self, q, k, v, segments, scoring):
-        self._check(q, k, v, segments)
+        self._check(q, k, v, segments, scoring)
         return CpuKernel().forward(q, k, v, None, segments, scoring)
 
     def backward(self, dout, q, k, v, out, lse, segments, scoring, *, deterministic):
-        self._check(q, k, v, segments, dout, out, lse)
+        self._check(q, k, v, segments, scoring, dout, out, lse)
         grads = CpuKernel().backward(dout, q, k, v, None, out, lse, segments, scoring)
         return grads.dq, grads.dk, grads.dv
 
-    def _check(self, q, k, v, segments, *others):
+    def _check(self, q, k, v, segments, scoring, *others):
         self.calls += 1
         assert all(x.is_contiguous() for x in (q, k, v, *others))
         assert segments.bounds[0] == 0
         assert segments.num_tokens == q.shape[0]
         assert segments.cu_seqlens.tolist() == list(segments.bounds)
+        assert segments.num_keys == k.shape[0] == v.shape[0]
+        assert segments.key_cu_seqlens[-1] == k.shape[0]
+        assert segments.key_cu_seqlens.dtype == torch.int32
+        assert segments.first_seen(scoring.window) == 0, "no query sees some of the keys"
         assert segments.max_len == max(stop - start for start, stop in pairwise(segments.bounds))
         assert self.capabilities.fitting(q.shape[-1], v.shape[-1]) == (q.shape[-1], v.shape[-1])
-        assert self.capabilities.max_elements is None or q.numel() < self.capabilities.max_elements
+        assert self.capabilities.max_elements is None or _largest(q, k) < self.capabilities.max_elements
         assert self.capabilities.max_documents is None or len(segments.bounds) - 1 <= self.capabilities.max_documents
+
+
+def _largest(q, k):
+    """Elements of buffers with a row per query or per key, for every query head."""
+    return max(q.shape[0], k.shape[0]) * q.shape[1] * q.shape[2]
 
 
 def random_case(*, bounds=(0, 5, 6, 40, 77), rows=90, heads=6, kv_heads=2, dims=(8, 8), with_sinks=False):
@@ -384,7 +393,15 @@ def test_an_old_copy_of_flash_attn_4_under_flash_attn_2_is_recognised_by_its_key
 # The trial before weights load
 
 
-@pytest.mark.parametrize("needs", [LLAMA, replace(LLAMA, window=True, softcap=True, queries_per_kv_head=4)], ids=str)
+@pytest.mark.parametrize(
+    "needs",
+    [
+        LLAMA,
+        replace(LLAMA, window=True, softcap=True, queries_per_kv_head=4),
+        replace(LLAMA, window=True, earlier_keys=True),
+    ],
+    ids=str,
+)
 def test_a_right_kernel_passes_its_trial_and_the_runs_random_numbers_stay(needs):
     before = torch.get_rng_state()
     try_kernel(CpuKernel(), needs, CPU)
@@ -404,6 +421,23 @@ def test_a_window_one_token_too_wide_fails_the_trial_by_name():
         try_kernel(VarlenKernel(OffByOne()), replace(LLAMA, window=True), CPU)
 
 
+class CausalAnyway(CpuBackend):
+    """A library that hides keys behind a query's place among earlier keys, as if these were its own."""
+
+    def forward(self, q, k, v, segments, scoring):
+        if segments.keys is None:
+            return super().forward(q, k, v, segments, scoring)
+        rows = segments.num_tokens
+        own = segments_of(torch.tensor([0, rows], dtype=torch.int32), device=CPU)
+        return super().forward(q, k[-rows:].contiguous(), v[-rows:].contiguous(), own, scoring)
+
+
+def test_earlier_keys_under_a_causal_mask_fail_the_trial_by_name_where_they_are_needed():
+    try_kernel(VarlenKernel(CausalAnyway()), LLAMA, CPU)
+    with pytest.raises(RunError, match=r"cpu backend: out is off by .* and earlier keys"):
+        try_kernel(VarlenKernel(CausalAnyway()), replace(LLAMA, earlier_keys=True), CPU)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_torchs_operators_take_the_arguments_we_give_them(window):
     """On meta tensors: schemas and shapes of this torch, no computation."""
@@ -415,3 +449,15 @@ def test_torchs_operators_take_the_arguments_we_give_them(window):
     grads = backend.backward(dout, q, k, v, out, lse, segments, Scoring(0.3, window=window), deterministic=True)
     assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_torchs_operators_take_keys_of_another_number(window):
+    backend = torch_cuda._TorchFlash(FLASH_2)
+    q, dout = (torch.empty(30, 6, 16, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    k, v = (torch.empty(50, 2, 16, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    segments, scoring = rectangle(30, 50, gap=5, device=torch.device("meta")), Scoring(0.3, window=window)
+    out, lse = backend.forward(q, k, v, segments, scoring)
+    assert (out.shape, lse.shape) == (q.shape, (6, 30))
+    grads = backend.backward(dout, q, k, v, out, lse, segments, scoring, deterministic=False)
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

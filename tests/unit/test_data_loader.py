@@ -12,6 +12,7 @@ from pipeline.data.batch import IGNORE_INDEX, Batch, batch_of
 from pipeline.data.loader import Cursor, PackedLoader, held_out_samples, place_at
 from pipeline.data.packed_dataset import PackedDataset
 from pipeline.errors import DataError
+from pipeline.parallel.shard import Layout
 from tests.unit.data_support import packed
 
 SEQ_LEN = 16
@@ -38,6 +39,18 @@ def joined(dataset: PackedDataset, sample: int, *, sp: int, **settings: object) 
     return {name: torch.cat([getattr(batch, name) for batch in batches], dim=1)[0].tolist() for name in FIELDS}
 
 
+def in_order(dataset: PackedDataset, sample: int, *, sp: int, chunk_tokens: int) -> dict[str, list[int]]:
+    """The same of all SP ranks, put where the layout says that it belongs."""
+    layout = Layout(SEQ_LEN, sp, chunk_tokens)
+    whole = {name: [-1] * SEQ_LEN for name in FIELDS}
+    for rank in range(sp):
+        batch = batch_of(dataset, sample, sp_rank=rank, sp=sp, chunk_tokens=chunk_tokens)
+        for shard, place in zip(layout.shards(rank), layout.local, strict=True):
+            for name in FIELDS:
+                whole[name][shard.start : shard.stop] = getattr(batch, name)[0, place].tolist()
+    return whole
+
+
 def written_out(tokens: list[int], ends: list[int], *, seq_len: int) -> dict[str, list[int]]:
     """What a sample must look like, document by document in plain Python."""
     expected: dict[str, list[int]] = {name: [] for name in FIELDS}
@@ -55,6 +68,8 @@ def test_the_shards_of_all_sp_ranks_are_what_datasets_reads(dataset: PackedDatas
     for sample, row in enumerate(datasets.load_from_disk(str(dataset.folder))):
         expected = written_out(row["input_ids"], row["cu_seqlens"], seq_len=SEQ_LEN)
         assert joined(dataset, sample, sp=sp) == expected
+        for chunk_tokens in {sp, 3 * sp, 16, 32}:
+            assert in_order(dataset, sample, sp=sp, chunk_tokens=chunk_tokens) == expected
         batch = batch_of(dataset, sample, sp_rank=sp - 1, sp=sp)
         assert batch.cu_seqlens.tolist() == row["cu_seqlens"]
         assert (batch.n_tokens, batch.n_valid, batch.seq_len) == (row["n_tokens"], row["n_valid"], SEQ_LEN)

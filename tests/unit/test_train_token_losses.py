@@ -12,6 +12,7 @@ from pipeline.memory.tiled_loss import LogitsTransform, tiled_loss
 from pipeline.metrics.buckets import bucket_edges, bucket_names
 from pipeline.metrics.reduction import Gathered
 from pipeline.parallel.mesh import Mesh
+from pipeline.parallel.shard import Layout
 from pipeline.train.token_losses import BY_DOCUMENT_LENGTH, BY_POSITION, TokenLosses, by_first_token
 
 SEQ_LEN = 1024
@@ -53,13 +54,15 @@ def by_bucket(values: list[int]) -> dict[str, float]:
 
 @pytest.mark.parametrize("sp", [1, 2, 4])
 @pytest.mark.parametrize("cross_document", [False, True])
-def test_buckets_hold_the_mean_over_all_shards(sp, cross_document):
+@pytest.mark.parametrize("chunk_tokens", [SEQ_LEN, 300])
+def test_buckets_hold_the_mean_over_all_shards(sp, cross_document, chunk_tokens):
+    layout = Layout(SEQ_LEN, sp, chunk_tokens)
     positions, labels, losses = whole_sample()
     if cross_document:
         positions = torch.arange(SEQ_LEN)
     ranks = []
     for rank in range(sp):
-        own = slice(rank * SEQ_LEN // sp, (rank + 1) * SEQ_LEN // sp)
+        own = torch.cat([torch.arange(part.start, part.stop) for part in layout.shards(rank)])
         batch = Batch(
             input_ids=labels[None, own],
             labels=labels[None, own],
@@ -70,7 +73,7 @@ def test_buckets_hold_the_mean_over_all_shards(sp, cross_document):
             seq_len=SEQ_LEN,
             sample=0,
         )
-        measured = TokenLosses(SEQ_LEN, Mesh(rank=rank, world_size=sp, sp=sp, sp_group=None), CPU)
+        measured = TokenLosses(layout, Mesh(rank=rank, world_size=sp, sp=sp, sp_group=None), CPU)
         for _ in range(2):  # micro-batches; the same twice leaves means as they are
             measured.buffer(batch, boundaries()).copy_(losses[own])
         ranks.append(measured.metrics())

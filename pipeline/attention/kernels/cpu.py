@@ -1,7 +1,8 @@
 """Attention on the CPU in blocks of queries and keys, with online softmax: memory grows with T, never with T x T.
 
 The algorithm of FlashAttention-2 (arXiv 2307.08691) in matmuls; scores are float32, or float64 for float64 inputs.
-Letters: T tokens, H query heads, J KV heads, G = H / J, D head dim, Q and K tokens of a block of queries or keys.
+Letters: T tokens of queries, or of keys, H query heads, J KV heads, G = H / J, D head dim, Q and K tokens of a block
+of queries or keys.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.attention.kernels.interface import AttentionGrads, Capabilities, Scoring
+from pipeline.attention.kernels.interface import AttentionGrads, Capabilities, Scoring, check_call
 from pipeline.attention.segments import Segments
 
 QUERY_BLOCK = 128  # the scores of a block stay in a core's cache; 64 and 128 ran alike at head dim 32, 256 slower
@@ -20,12 +21,13 @@ KEY_BLOCK = 8192  # bounds the scores of one block: 128 x 8192 x 4 bytes = 4 MiB
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [q0, q1) against keys [k0, k1)."""
+    """Queries [q0, q1) against keys [k0, k1). Query a stands at `a + shift`, counted in keys."""
 
     q0: int
     q1: int
     k0: int
     k1: int
+    shift: int
 
 
 class CpuKernel:
@@ -48,6 +50,7 @@ class CpuKernel:
         segments: Segments,
         scoring: Scoring,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_call(sinks, segments, scoring)
         kv_heads = k.shape[1]
         # The scale goes into the queries: one pass less over the scores, which are the bulk of the work.
         q_JGTD = _group(q, kv_heads) * scoring.scale
@@ -74,6 +77,7 @@ class CpuKernel:
         segments: Segments,
         scoring: Scoring,
     ) -> AttentionGrads:
+        check_call(sinks, segments, scoring)
         kv_heads = k.shape[1]
         q_JGTD = _group(q, kv_heads) * scoring.scale
         k_JTD, v_JTD = _wide(k).transpose(0, 1), _wide(v).transpose(0, 1)
@@ -138,17 +142,20 @@ class _OnlineSoftmax:
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [J, G, Q, D], lse [J, G, Q])."""
-        assert self.acc is not None, "every query sees itself"
+        assert self.acc is not None, "every query sees a key"
         return self.acc / self.total, (self.peak + self.total.log())[..., 0]
 
 
 def _query_blocks(segments: Segments, window: int | None) -> Iterator[tuple[int, int, list[_Block]]]:
     """Each block of queries with the blocks of keys that it sees."""
+    shift = segments.first_position
     for start, stop in segments.documents():
         for q0 in range(start, stop, QUERY_BLOCK):
             q1 = min(stop, q0 + QUERY_BLOCK)
-            first = start if window is None else max(start, q0 - window + 1)
-            yield q0, q1, [_Block(q0, q1, k0, min(q1, k0 + KEY_BLOCK)) for k0 in range(first, q1, KEY_BLOCK)]
+            first = start if window is None else max(start, q0 + shift - window + 1)
+            last = min(q1 + shift, segments.num_keys)
+            starts = range(first, last, KEY_BLOCK)
+            yield q0, q1, [_Block(q0, q1, k0, min(last, k0 + KEY_BLOCK), shift) for k0 in starts]
 
 
 def _scores(
@@ -167,21 +174,21 @@ def _scores(
 
 def _hide(scores: torch.Tensor, block: _Block, window: int | None) -> None:
     """-inf where a query may not see a key; touches only the columns where that can be."""
-    ahead = max(0, block.q0 + 1 - block.k0)  # keys up to the first query are behind every query
+    ahead = max(0, block.q0 + block.shift + 1 - block.k0)  # keys up to the first query are behind every query
     if ahead < scores.shape[-1]:
         queries, keys = _places(block, slice(ahead, None), scores.device)
         scores[..., ahead:].masked_fill_(keys > queries, -math.inf)
     if window is None:
         return
-    behind = block.q1 - window - block.k0  # keys from here on are inside every query's window
+    behind = block.q1 + block.shift - window - block.k0  # keys from here on are inside every query's window
     if behind > 0:
         queries, keys = _places(block, slice(None, behind), scores.device)
         scores[..., :behind].masked_fill_(keys <= queries - window, -math.inf)
 
 
 def _places(block: _Block, columns: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of the queries [Q, 1] and of some of the keys [1, columns]."""
-    queries = torch.arange(block.q0, block.q1, device=device)[:, None]
+    """Positions of the queries [Q, 1] and of some of the keys [1, columns], counted in keys."""
+    queries = torch.arange(block.q0 + block.shift, block.q1 + block.shift, device=device)[:, None]
     return queries, torch.arange(block.k0, block.k1, device=device)[None, columns]
 
 

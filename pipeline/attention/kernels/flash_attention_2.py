@@ -12,6 +12,13 @@ bounds what backward allocates: dq_accum, and with grouped KV heads dk and dv on
 
 Deterministic: dq_accum once per ceil(SMs / (documents * heads)) thread blocks, in all at least SMs * tokens *
 head_dim * 4 bytes (H100, head dim 128: 66 KiB per token).
+
+Earlier keys (flash_api.cpp and the kernels of 2.7.0 and 2.8.3): queries and keys are aligned at their last, so query a
+sees keys from `a + keys - queries - left` to `a + keys - queries + right`. A side that is not below max_seqlen_k
+becomes -1, and -1 beside a side that is given becomes max_seqlen_k. With at most as many queries as keys, either
+number on the right hides nothing; with more it would, so `window_left` refuses these. With -1 on both sides and
+causal=False nothing is masked, whatever the lengths. Backward takes any lse: P is exp(s - lse), and delta comes from
+the out and dout it is given. Keys that no query sees get zeros, but do not get here (split.py).
 """
 
 from importlib import import_module
@@ -55,9 +62,9 @@ def load(compute_capability: tuple[int, int]) -> tuple[VarlenBackend, str]:
     return _FlashAttention2(library, capabilities_of(compute_capability)), f"flash-attn {version}"
 
 
-def longest(segments: Segments) -> int:
-    """At least 2: for 1, forward takes a path for decoding, with another layout inside."""
-    return max(segments.max_len, 2)
+def longest(segments: Segments) -> tuple[int, int]:
+    """(queries, keys) of a document, at least 2: for 1 query, forward takes a path for decoding, laid out otherwise."""
+    return max(segments.max_len, 2), max(segments.max_keys, 2)
 
 
 class _FlashAttention2:
@@ -95,16 +102,17 @@ class _FlashAttention2:
 
 def _keywords(segments: Segments, scoring: Scoring) -> dict[str, Any]:
     """Of both calls."""
+    max_queries, max_keys = longest(segments)
     return {
         "cu_seqlens_q": segments.cu_seqlens,
-        "cu_seqlens_k": segments.cu_seqlens,
-        "max_seqlen_q": longest(segments),
-        "max_seqlen_k": longest(segments),
+        "cu_seqlens_k": segments.key_cu_seqlens,
+        "max_seqlen_q": max_queries,
+        "max_seqlen_k": max_keys,
         "dropout_p": 0.0,
         "softmax_scale": scoring.scale,
-        "causal": True,
-        "window_size_left": -1 if scoring.window is None else scoring.window - 1,
-        "window_size_right": 0,
+        "causal": segments.keys is None,
+        "window_size_left": segments.window_left(scoring.window),
+        "window_size_right": segments.window_right(scoring.window),
         "softcap": scoring.softcap or 0.0,
         "alibi_slopes": None,
     }

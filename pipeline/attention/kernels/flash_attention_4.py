@@ -12,6 +12,11 @@ FLASH_ATTENTION_CUTE_DSL_CACHE_DIR keep the results on disk.
 padded tokens * head_dim, is an Int32: one head of one call stays below 2^31 elements. Layout strides of the tensors
 come from DLPack as the DSL types them, not audited; calls are split below 2^31 elements in all (split.py).
 
+Earlier keys: aligned at their last, as in flash-attn 2; None is no bound, and numbers stay as they are. Both sides of a
+window are given, as for a query's own rows, so that both take the same compiled variant; without a window, earlier
+keys are a variant of their own (causal=False), compiled at its first use. Blackwell's own kernels for head dim 256
+count blocks of a window apart from the others (Sm100FusedMask), read only in part.
+
 Sinks: it has `learnable_sink`, forward and backward; unused, so that all backends share one tested path (sinks.py).
 """
 
@@ -108,12 +113,12 @@ def _keywords(segments: Segments, scoring: Scoring) -> dict[str, Any]:
     """Of both calls. A window is given by its two sides alone, as the library's own causal calls are resolved."""
     return {
         "cu_seqlens_q": segments.cu_seqlens,
-        "cu_seqlens_k": segments.cu_seqlens,
+        "cu_seqlens_k": segments.key_cu_seqlens,
         "max_seqlen_q": segments.max_len,
-        "max_seqlen_k": segments.max_len,
+        "max_seqlen_k": segments.max_keys,
         "softmax_scale": scoring.scale,
-        "causal": True,
-        "window_size_left": None if scoring.window is None else scoring.window - 1,
-        "window_size_right": None if scoring.window is None else 0,
+        "causal": segments.keys is None,
+        "window_size_left": None if scoring.window is None else segments.window_left(scoring.window),
+        "window_size_right": None if scoring.window is None else segments.window_right(scoring.window),
         "softcap": scoring.softcap or 0.0,
     }

@@ -63,11 +63,18 @@ class Needs:
     deterministic: bool = False
     queries_per_kv_head: int = 1
     """Decides which variants a kernel that compiles at run time compiles; nothing is refused for it."""
+    earlier_keys: bool = False
+    """Queries that look at blocks of earlier keys (sequence chunks): every kernel here can, its trial tries it."""
 
 
 class AttentionKernel(Protocol):
-    """Shapes: q, out [T, H, D]; k, v [T, J, D] with J KV heads, H a multiple of J; lse [H, T] in float32 or wider;
-    sinks [H] (gpt_oss: a logit per head that takes probability and gives no value)."""
+    """Shapes: q, out [T, H, D]; k, v [K, J, D] with J KV heads, H a multiple of J; lse [H, T] in float32 or wider;
+    sinks [H] (gpt_oss: a logit per head that takes probability and gives no value).
+
+    K is T, except for `segments.keys`: then these are earlier keys, and the call is one part of an attention whose
+    other parts the caller merges. Backward's out and lse, and so the probabilities, are those of the whole: its
+    gradients are this part's share. Sinks have no share here, they count once: with the queries' own rows.
+    """
 
     name: str
     capabilities: Capabilities
@@ -125,7 +132,16 @@ def check_supported(kernel: AttentionKernel, needs: Needs) -> None:
         )
 
 
-def needs_of(config: Any, *, dtype: torch.dtype, deterministic: bool = False, sp: int = 1) -> Needs:
+def check_call(sinks: torch.Tensor | None, segments: Segments, scoring: Scoring) -> None:
+    """Raises ValueError for earlier keys with sinks, or with a window that leaves a query without a key."""
+    if sinks is not None and segments.keys is not None:
+        raise ValueError("sinks with earlier keys: they would count twice; give them with the queries' own rows")
+    segments.window_left(scoring.window)
+
+
+def needs_of(
+    config: Any, *, dtype: torch.dtype, deterministic: bool = False, sp: int = 1, earlier_keys: bool = False
+) -> Needs:
     """From a transformers config (of a text model, or holding one)."""
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -141,6 +157,7 @@ def needs_of(config: Any, *, dtype: torch.dtype, deterministic: bool = False, sp
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         deterministic=deterministic,
         queries_per_kv_head=heads // max(kv_heads, sp),
+        earlier_keys=earlier_keys,
     )
 
 

@@ -6,6 +6,9 @@ and values. Nothing has to be installed; it runs on Hopper and Blackwell as on A
 
 64-bit: as flash-attn 2 up to 2.7 (flash_attention_2.py), dq_accum's offsets are 32-bit. Calls are split (split.py).
 
+Earlier keys: the copy handles windows as flash-attn 2 does (flash_attention_2.py); is_causal=True only sets the right
+side to 0, so with is_causal=False the two sides alone decide. Absent sides are -1.
+
 Deterministic: the operator reads torch's global switch, so it is set around backward and put back.
 
 Not used: cuDNN. Its varlen operator in torch takes no window and no grouped KV heads, torch's own varlen attention
@@ -50,11 +53,10 @@ class _TorchFlash:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scoring: Scoring
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths, window = (longest(segments), longest(segments)), _window(scoring)
-        cu_seqlens = (segments.cu_seqlens, segments.cu_seqlens)
-        causal, no_dropout, no_debug_mask = scoring.window is None, 0.0, False
+        cu_seqlens, causal, window = _mask(segments, scoring)
+        no_dropout, no_debug_mask = 0.0, False
         out, lse, *_ = self._forward(
-            q, k, v, *cu_seqlens, *lengths, no_dropout, causal, no_debug_mask, scale=scoring.scale, **window
+            q, k, v, *cu_seqlens, *longest(segments), no_dropout, causal, no_debug_mask, scale=scoring.scale, **window
         )
         return out, lse
 
@@ -71,9 +73,8 @@ class _TorchFlash:
         *,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        lengths, window = (longest(segments), longest(segments)), _window(scoring)
-        cu_seqlens = (segments.cu_seqlens, segments.cu_seqlens)
-        causal, no_dropout = scoring.window is None, 0.0
+        cu_seqlens, causal, window = _mask(segments, scoring)
+        no_dropout = 0.0
         # Dropout's random state; read by no kernel without dropout, but both must be tensors.
         unused = (torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))
         with _deterministic_algorithms(deterministic):
@@ -85,7 +86,7 @@ class _TorchFlash:
                 out,
                 lse,
                 *cu_seqlens,
-                *lengths,
+                *longest(segments),
                 no_dropout,
                 causal,
                 *unused,
@@ -95,9 +96,14 @@ class _TorchFlash:
         return dq, dk, dv
 
 
-def _window(scoring: Scoring) -> dict[str, Any]:
-    """Both sides: left of a query, and none right of it."""
-    return {"window_size_left": -1 if scoring.window is None else scoring.window - 1, "window_size_right": 0}
+def _mask(segments: Segments, scoring: Scoring) -> tuple[tuple[torch.Tensor, torch.Tensor], bool, dict[str, Any]]:
+    """cu_seqlens of queries and keys, whether causal, and both sides of the window."""
+    window = {
+        "window_size_left": segments.window_left(scoring.window),
+        "window_size_right": segments.window_right(scoring.window),
+    }
+    causal = segments.keys is None and scoring.window is None
+    return (segments.cu_seqlens, segments.key_cu_seqlens), causal, window
 
 
 @contextmanager

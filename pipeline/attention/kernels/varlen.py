@@ -1,7 +1,7 @@
 """What all CUDA kernels share, around the two calls of a backend: padding, splitting, head dims, sinks.
 
 A backend sees only rows of documents, contiguous tensors, head dims it runs, fewer than 2^31 elements, and no sinks.
-Letters: T tokens, N of them in documents, H query heads, J KV heads, D head dim.
+Letters: T tokens, N of them in documents, K keys (N, or of `segments.keys`), H query heads, J KV heads, D head dim.
 """
 
 import math
@@ -11,14 +11,21 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from pipeline.attention.kernels.interface import AttentionGrads, Capabilities, Needs, Scoring, check_supported
+from pipeline.attention.kernels.interface import (
+    AttentionGrads,
+    Capabilities,
+    Needs,
+    Scoring,
+    check_call,
+    check_supported,
+)
 from pipeline.attention.kernels.sinks import add_sinks, sink_grads
 from pipeline.attention.kernels.split import Piece, pieces
 from pipeline.attention.segments import Segments
 
 
 class VarlenBackend(Protocol):
-    """One library's pair of calls. q, out [N, H, D]; k, v [N, J, D]; lse float32 [H, N], natural logarithm."""
+    """One library's pair of calls. q, out [N, H, D]; k, v [K, J, D]; lse float32 [H, N], natural logarithm."""
 
     name: str
     capabilities: Capabilities
@@ -68,8 +75,8 @@ class _Part:
     def of(cls, piece: Piece, dims: _HeadDims, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> "_Part":
         return cls(
             _cut(q, piece.tokens, piece.heads, dims.call_query),
-            _cut(k, piece.tokens, piece.kv_heads, dims.call_query),
-            _cut(v, piece.tokens, piece.kv_heads, dims.call_value),
+            _cut(k, piece.keys, piece.kv_heads, dims.call_query),
+            _cut(v, piece.keys, piece.kv_heads, dims.call_value),
         )
 
 
@@ -91,9 +98,10 @@ class VarlenKernel:
         segments: Segments,
         scoring: Scoring,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_call(sinks, segments, scoring)
         dims = self._head_dims(q, v, scoring)
-        calls = self._pieces(q, k, dims, segments)
-        if _is_one_plain_call(calls, q, dims):
+        calls = self._pieces(q, k, dims, segments, scoring.window)
+        if _is_one_plain_call(calls, q, k, dims):
             out, lse = self._backend.forward(q.contiguous(), k.contiguous(), v.contiguous(), segments, scoring)
         else:
             out = q.new_empty(*q.shape[:2], dims.value)
@@ -120,9 +128,10 @@ class VarlenKernel:
         segments: Segments,
         scoring: Scoring,
     ) -> AttentionGrads:
+        check_call(sinks, segments, scoring)
         dims = self._head_dims(q, v, scoring)
-        calls = self._pieces(q, k, dims, segments)
-        if _is_one_plain_call(calls, q, dims):
+        calls = self._pieces(q, k, dims, segments, scoring.window)
+        if _is_one_plain_call(calls, q, k, dims):
             dq, dk, dv = self._backend.backward(
                 dout.contiguous(),
                 q.contiguous(),
@@ -172,8 +181,8 @@ class VarlenKernel:
                 deterministic=self._deterministic,
             )
             dq[piece.tokens, piece.heads] = piece_dq[..., : dims.query]
-            dk[piece.tokens, piece.kv_heads] += piece_dk[..., : dims.query]
-            dv[piece.tokens, piece.kv_heads] += piece_dv[..., : dims.value]
+            dk[piece.keys, piece.kv_heads] += piece_dk[..., : dims.query]
+            dv[piece.keys, piece.kv_heads] += piece_dv[..., : dims.value]
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
     def _head_dims(self, q: torch.Tensor, v: torch.Tensor, scoring: Scoring) -> _HeadDims:
@@ -192,16 +201,25 @@ class VarlenKernel:
         assert call_dims is not None, "check_supported has seen to it"
         return _HeadDims(query, value, *call_dims)
 
-    def _pieces(self, q: torch.Tensor, k: torch.Tensor, dims: _HeadDims, segments: Segments) -> list[Piece]:
-        head_dim = max(dims.call_query, dims.call_value)
-        return pieces(self.capabilities, segments, heads=q.shape[1], kv_heads=k.shape[1], head_dim=head_dim)
+    def _pieces(
+        self, q: torch.Tensor, k: torch.Tensor, dims: _HeadDims, segments: Segments, window: int | None
+    ) -> list[Piece]:
+        return pieces(
+            self.capabilities,
+            segments,
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            head_dim=max(dims.call_query, dims.call_value),
+            window=window,
+        )
 
 
-def _is_one_plain_call(calls: list[Piece], q: torch.Tensor, dims: _HeadDims) -> bool:
+def _is_one_plain_call(calls: list[Piece], q: torch.Tensor, k: torch.Tensor, dims: _HeadDims) -> bool:
     """Whether the backend can take and give the tensors as they are."""
     return (
         len(calls) == 1
-        and calls[0].tokens.stop == q.shape[0]
+        and calls[0].tokens == slice(0, q.shape[0])
+        and calls[0].keys == slice(0, k.shape[0])
         and (dims.query, dims.value) == (dims.call_query, dims.call_value)
     )
 
