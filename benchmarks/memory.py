@@ -1,6 +1,6 @@
 """What each memory feature saves: bytes per token of a small Llama on the CPU, predicted beside measured.
 
-    python benchmarks/memory.py [--show]
+    python -m benchmarks.memory [--show]
 
 writes benchmarks/results/memory.json and the table in docs/memory.md; with --show, as `make demo-million` calls it, it
 prints what it measures and writes nothing. The rows are those of ALST's ablation (its Table
@@ -9,6 +9,7 @@ nine tenths of what the plan says.
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -208,6 +209,8 @@ def _told(rows: list[Row]) -> Iterator[str]:
 
 
 def main(*, writes: bool) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of every start and stop
+    torch.set_num_threads(1)  # small tensors: more threads wait for each other
     rows = [row_of(case) for case in CASES]
     if not writes:
         show(rows)

@@ -268,7 +268,7 @@ class TiledNorm(Section):
 class ActivationCheckpoint(Section):
     """Keep the input of every k-th layer only, and run the layers again in backward."""
 
-    offload: Literal["cpu", "disk"] | Auto | None
+    offload: Literal["auto", "cpu", "disk"] | None
     """Where what is kept waits: null is the device, cpu is host memory (ALST §3.3), disk is host memory and, for what
     it has no room for, a file in hardware.scratch; auto is the first of them that has room, and disk only where
     hardware.scratch names a folder."""

@@ -1,5 +1,6 @@
 """Where checkpoints wait: on the GPU as many as there is room for, told by the same formulas as the plan."""
 
+import re
 from itertools import pairwise, product
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.plan.memory import MOMENTS, Sizes, gpu_bytes, in_host_memory
 from pipeline.plan.memory import on_disk as on_disk_terms
 from pipeline.plan.offload import offload_of
 from pipeline.plan.placement import RESIDENT_SHARE
+from pipeline.plan.table import print_plan
 from pipeline.recipe.load import load
 
 CHECKPOINT = "memory.activation_checkpoint"
@@ -267,6 +269,23 @@ def test_what_is_stored_in_eight_bits_leaves_the_device():
 
 def test_without_a_gpu_there_is_one_memory_and_all_stays_in_place():
     assert place(planned(AUTO, recipe="tiny")) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("data.seq_len=65536",), "layer inputs on device"),
+        (("data.seq_len=4194304",), "layer inputs in host memory"),
+        (
+            ("data.seq_len=2097152", "hardware.host_memory_gib=300", f"{CHECKPOINT}.keep_attention=true"),
+            r"layer inputs and attention outputs in host memory \(of \d+ layers on disk, of the last \d+ on device\)",
+        ),
+        (("data.seq_len=4194304", f"{CHECKPOINT}.layers_per_group=2"), "the input of every 2 layers in host memory"),
+    ],
+)
+def test_the_plan_tells_what_auto_has_chosen(asked, told, capsys):
+    print_plan(planned(AUTO, SCRATCH, *asked))
+    assert re.search(f"for backward +{told}", " ".join(capsys.readouterr().out.split()))
 
 
 def test_auto_decides_together_with_what_is_kept():
