@@ -29,6 +29,7 @@ demo: $(VENV)/.ready ## train on real text on this machine: the whole path, smal
 
 demo-million: $(VENV)/.ready ## one step on one sample of 1,048,576 tokens, on the CPU; what each memory feature saves
 	$(BIN)/alst train tiny-million $(ARGS)
+	@$(BIN)/python -m benchmarks.memory --show
 
 plan: $(VENV)/.ready ## the derived numbers of RECIPE
 	$(BIN)/alst plan $(RECIPE) $(ARGS)

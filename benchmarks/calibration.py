@@ -403,7 +403,8 @@ def with_planned_line(recipe: Path) -> str:
     gpu = f"{found.gpu.total / GIB:.1f} of {hardware.memory_bytes / GIB:.1f} GiB of a GPU"
     host = f"{found.host.total / GIB:,.0f} of {hardware.host_memory_bytes / GIB:,.0f} GiB of a node"
     fits = "" if found.fits else ": does not fit"
-    line = f"{PLANNED} {plan.seq_len:,} tokens, {gpu}, {host}, {seconds.total:,.0f} s a step{fits}."
+    disk = f", {found.scratch.total / GIB:,.0f} on its disk" if found.scratch.total else ""
+    line = f"{PLANNED} {plan.seq_len:,} tokens, {gpu}, {host}{disk}, {seconds.total:,.0f} s a step{fits}."
     return re.sub(rf"^{PLANNED}.*$", line, recipe.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
 
 

@@ -1,21 +1,27 @@
 """What each memory feature saves: bytes per token of a small Llama on the CPU, predicted beside measured.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory [--show]
 
-writes benchmarks/results/memory.json and the table in docs/memory.md. The rows are those of ALST's ablation (its Table
+writes benchmarks/results/memory.json and the table in docs/memory.md; with --show, as `make demo-million` calls it, it
+prints what it measures and writes nothing. The rows are those of ALST's ablation (its Table
 1), then what this project adds; each names the row it changes and what it says it lowers. A test holds every row to
 nine tenths of what the plan says.
 """
 
 import json
+import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.replay import group_of_two, measured
 from pipeline.memory.offload import HostStore
@@ -142,20 +148,40 @@ def lowered(row: Row, rows: list[Row]) -> tuple[float, float] | None:
     return upon.predicted[room] - row.predicted[room], upon.measured[room] - row.measured[room]
 
 
+HEAD = ("bytes per token of a rank", "device", "measured", "host", "measured", "disk", "lowers, by plan", "measured")
+
+
+def _cells(row: Row, rows: list[Row]) -> list[str]:
+    """Of HEAD."""
+    saved = lowered(row, rows)
+    told = ("", "") if saved is None else (f"{row.lowers} {saved[0]:,.0f}", f"{saved[1]:,.0f} ({_share(saved)})")
+    return [
+        row.name,
+        *(_number(one) for one in (row.predicted["device"], row.measured["device"])),
+        *(_number(one) for one in (row.predicted["host"], row.measured["host"], row.measured["disk"])),
+        *told,
+    ]
+
+
 def as_table(rows: list[Row]) -> str:
-    lines = ["| bytes per token of a rank | device | measured | host | measured | disk | lowers, by plan | measured |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        saved = lowered(row, rows)
-        told = ("", "") if saved is None else (f"{row.lowers} {saved[0]:,.0f}", f"{saved[1]:,.0f} ({_share(saved)})")
-        cells = [
-            row.name,
-            *(_number(one) for one in (row.predicted["device"], row.measured["device"])),
-            *(_number(one) for one in (row.predicted["host"], row.measured["host"], row.measured["disk"])),
-            *told,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [_line(HEAD), "|" + "---|" * len(HEAD), *(_line(_cells(row, rows)) for row in rows)]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def show(rows: list[Row]) -> None:
+    """On a terminal."""
+    table = Table(*HEAD, box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*(cell.replace(" (ours)", "") for cell in _cells(row, rows)))
+    print(f"what each memory feature saves, of {TOKENS:,} tokens through a small Llama, by the plan and measured now;")
+    print("each row adds to the one before it, those with … to the offload of checkpoints")
+    Console(width=120, highlight=False).print(table)
 
 
 def _number(value: float) -> str:
@@ -182,8 +208,13 @@ def _told(rows: list[Row]) -> Iterator[str]:
     yield as_table(rows)
 
 
-def main() -> None:
+def main(*, writes: bool) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of every start and stop
+    torch.set_num_threads(1)  # small tensors: more threads wait for each other
     rows = [row_of(case) for case in CASES]
+    if not writes:
+        show(rows)
+        return
     conditions = {"tokens": TOKENS, "model": MODEL, "torch": torch.__version__, "device": "cpu"}
     RESULTS.write_text(json.dumps({"conditions": conditions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), rows), encoding="utf-8")
@@ -191,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(writes=sys.argv[1:] != ["--show"])

@@ -4,6 +4,7 @@ torch's own pinned memory is rounded up to powers of two, block by block.
 """
 
 import resource
+import weakref
 from pathlib import Path
 
 import torch
@@ -70,17 +71,19 @@ class HostArena:
 
 
 def host_block(size: int, *, pinned: bool) -> torch.Tensor:
-    """uint8 [size], from a page's border on. Raises RunError if this process has not that memory left, or may not pin
-    it."""
+    """uint8 [size], from a page's border on; pinned until the last view of it is gone. Raises RunError if this process
+    has not that memory left, or may not pin it."""
     available = available_bytes()
     if size > available:
         raise RunError(
             f"offload needs {size / GIB:.1f} GiB of host memory on this rank, and {available / GIB:.1f} GiB are left; "
             f"{REMEDY}"
         )
-    block = torch.frombuffer(page_memory(size), dtype=torch.uint8)[:size]
+    memory = page_memory(size)
+    block = torch.frombuffer(memory, dtype=torch.uint8)[:size]
     if pinned:
         _pin(block)
+        weakref.finalize(memory, _unpin, block.data_ptr()).atexit = False  # the end of the process unpins all
     return block
 
 
@@ -138,6 +141,12 @@ def _pin(block: torch.Tensor) -> None:
             f"{block.nbytes / GIB:.1f} GiB of host memory cannot be pinned (cudaHostRegister: {failed}); the limit of "
             f"locked memory is {_locked_limit()}: raise it (`ulimit -l unlimited`, or the container's), or {REMEDY}"
         )
+
+
+def _unpin(address: int) -> None:
+    """Copies end first: a store may be dropped while they are on their way, and its pages are then given back."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _locked_limit() -> str:

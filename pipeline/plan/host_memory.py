@@ -1,6 +1,7 @@
 """Bytes of a node's host memory and disk, item by item: one function per item, under the feature's name."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pipeline.plan import fitted
@@ -192,7 +193,7 @@ class NodeBytes:
 
     items: tuple[Item, ...]
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, int]:
         return {item.name: round(item.total) for item in self.items}
 

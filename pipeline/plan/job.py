@@ -5,6 +5,7 @@ What a rank needs to know about sizes it reads here; nothing is negotiated at ru
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from pipeline.errors import RecipeError, UserError
 from pipeline.plan.auto import combinations, fastest
-from pipeline.plan.chunk_places import places
+from pipeline.plan.chunk_places import keeping_keys, places
 from pipeline.plan.fit import longest
 from pipeline.plan.flops import model_flops, seen_keys
 from pipeline.plan.hardware import GIB
@@ -127,7 +128,12 @@ def plan_job(recipe: Recipe, *, shape: ModelShape | None = None) -> JobPlan:
 
 def _fastest_plan(recipe: Recipe, shape: ModelShape, sp: int, seq_len: int) -> JobPlan:
     """The plan for samples of this length, with what is `auto` in what waits for backward as it is fastest."""
-    candidates = (candidate for chunked in places(recipe) for candidate in combinations(chunked))
+    found = _fastest_of((one for place in places(recipe) for one in combinations(place)), shape, sp, seq_len)
+    keeping = keeping_keys(recipe, found.recipe)
+    return found if keeping is None else fastest([found, placed(_plan_of(keeping, shape, sp, seq_len))])
+
+
+def _fastest_of(candidates: Iterable[Recipe], shape: ModelShape, sp: int, seq_len: int) -> JobPlan:
     plans = [placed(_plan_of(candidate, shape, sp, seq_len)) for candidate in candidates]
     return plans[0] if len(plans) == 1 else fastest(plans)
 

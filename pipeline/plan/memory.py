@@ -700,7 +700,7 @@ class GpuBytes:
     moment: str
     """When the peak comes."""
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, int]:
         """Bytes at the peak; they add up to the total."""
         return {item.name: round(item.at(self.moment)) for item in self.items}

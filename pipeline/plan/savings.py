@@ -78,21 +78,32 @@ def _load_with(plan: JobPlan, overrides: tuple[str, ...]) -> Load:
 
 
 def savings_lines(plan: JobPlan, *, peak_bytes: int) -> Iterator[str]:
-    """What was planned for a rank beside the peak that was measured, then what each feature saves by the plan."""
+    """What was planned for a rank beside the peak that was measured, then what each feature saves by the plan.
+
+    Without a GPU a rank's tensors are in its process too: there is one number of each.
+    """
     load = load_of(plan)
     on_cpu = load.hardware.memory_bytes is None
     ranks = plan.recipe.hardware.gpus_per_node
     planned = (load.host.total - load.host.by_name["system"]) / ranks if on_cpu else load.gpu.allocated
     what = "resident in a process" if on_cpu else "allocated on a GPU"
     yield f"memory: {_gib(planned)} GiB planned {what}, {_gib(peak_bytes)} measured at the peak of the largest"
-    yield f"  {'by the plan, without …':<28}{'a rank, GiB':>14}{'a node of host, GiB':>22}"
+    titles = ["a process"] if on_cpu else ["a GPU", "host, a node"]
+    yield _columns("GiB more without it, by the plan", titles)
     for saving in savings(plan):
-        yield f"  {saving.feature:<28}{_more(saving.gpu_bytes):>14}{_more(saving.host_bytes):>22}"
+        sizes = [saving.host_bytes / ranks] if on_cpu else [saving.gpu_bytes, saving.host_bytes]
+        yield _columns(saving.feature, [_more(size) for size in sizes])
+    if on_cpu and plan.recipe.memory.activation_checkpoint and plan.recipe.memory.activation_checkpoint.offload:
+        yield "  (an offload frees a GPU; without one it only copies within the same memory)"
+
+
+def _columns(name: str, cells: list[str]) -> str:
+    return f"  {name:<34}" + "".join(f"{cell:>14}" for cell in cells)
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:,.2f}"
 
 
-def _more(size: int) -> str:
+def _more(size: float) -> str:
     return f"{size / GIB:+,.2f}" if abs(size) >= GIB / 200 else "-"

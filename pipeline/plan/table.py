@@ -55,6 +55,7 @@ def _facts(plan: JobPlan) -> list[tuple[str, str]]:
         ("loss tiles", f"{plan.num_loss_tiles:,} of {plan.loss_tile_tokens:,} tokens"),
         ("MLP tiles", f"{plan.num_mlp_tiles:,} of {plan.mlp_tile_tokens:,} tokens"),
         ("norm tiles", f"{ceil(plan.local_seq_len / plan.norm_tile_tokens):,} of {plan.norm_tile_tokens:,} tokens"),
+        ("for backward", _waits(plan.recipe.memory.activation_checkpoint)),
         (
             "ZeRO",
             f"stage {plan.recipe.zero.stage}, optimizer on {plan.recipe.zero.offload_optimizer or 'device'}, "
@@ -126,14 +127,18 @@ def _seconds(estimate: Estimate) -> Table:
     return table
 
 
-def _waits(checkpoint: ActivationCheckpoint) -> str:
+def _waits(checkpoint: ActivationCheckpoint | None) -> str:
     """What is kept until backward, and where."""
-    found = checkpoint.resolved
-    kept = "inputs" if found.layers_per_group == 1 else f"the input of every {found.layers_per_group} layers"
-    where = checkpoint.offload or "device"
-    stay = f", those of the last {found.resident_groups} on device" if found.resident_groups else ""
-    disk = f" in {found.disk_groups} groups of them" if checkpoint.offload == "disk" else ""
-    return f"{kept}{' and attention outputs' if found.keep_attention else ''} on {where}{disk}{stay}"
+    if checkpoint is None:
+        return "off: all that layers compute stays on device"
+    found, size = checkpoint.resolved, checkpoint.resolved.layers_per_group
+    kept = "layer inputs" if size == 1 else f"the input of every {size} layers"
+    where = "on device" if checkpoint.offload is None else "in host memory"
+    groups = "layers" if size == 1 else "groups"
+    others = [f"of {found.disk_groups} {groups} on disk"] if found.disk_groups else []
+    others += [f"of the last {found.resident_groups} on device"] if found.resident_groups else []
+    told = f" ({', '.join(others)})" if others else ""
+    return f"{kept}{' and attention outputs' if found.keep_attention else ''} {where}{told}"
 
 
 def _hidden(item: Item) -> str:
@@ -207,13 +212,11 @@ def print_fit(estimate: Estimate, *, chosen: bool) -> None:
     """What was found: the length, what binds, and with what features."""
     plan, load = estimate.plan, estimate.load
     memory, zero = plan.recipe.memory, plan.recipe.zero
-    checkpoint = memory.activation_checkpoint
-    waits = None if checkpoint is None else _waits(checkpoint)
     features = [
         f"tiled loss {_on(memory.tiled_loss)}",
         f"tiled MLP {_on(memory.tiled_mlp)}",
         f"tiled norms {_on(memory.tiled_norm)}",
-        f"activation checkpoints {waits or 'off'}",
+        f"activation checkpoints {_waits(memory.activation_checkpoint)}",
         f"optimizer on {zero.offload_optimizer or 'device'}",
         f"parameters on {zero.offload_parameters or 'device'}",
     ]

@@ -268,9 +268,10 @@ class TiledNorm(Section):
 class ActivationCheckpoint(Section):
     """Keep the input of every k-th layer only, and run the layers again in backward."""
 
-    offload: Literal["cpu", "disk"] | None
+    offload: Literal["auto", "cpu", "disk"] | None
     """Where what is kept waits: null is the device, cpu is host memory (ALST §3.3), disk is host memory and, for what
-    it has no room for, a file in hardware.scratch."""
+    it has no room for, a file in hardware.scratch; auto is the first of them that has room, and disk only where
+    hardware.scratch names a folder."""
     keep_attention: bool | Auto
     """Keep attention's output too, as many bytes again: the kernel runs once in forward and not again."""
     layers_per_group: Count | Auto
@@ -293,14 +294,15 @@ class ActivationCheckpoint(Section):
             )
         if self.offload_dtype is not None and self.offload is None:
             raise ValueError(
-                f"offload_dtype {self.offload_dtype} needs offload cpu or disk, not null; set offload_dtype: null, or "
-                "offload: cpu"
+                f"offload_dtype {self.offload_dtype} needs offload cpu, disk or auto, not null; set "
+                "offload_dtype: null, or offload: cpu"
             )
         return self
 
     @property
     def resolved(self) -> "ResolvedCheckpoint":
         """What `auto` may stand for, as a plan has written it."""
+        assert self.offload != "auto"
         assert self.keep_attention != "auto"
         assert self.layers_per_group != "auto"
         assert self.resident_groups != "auto"

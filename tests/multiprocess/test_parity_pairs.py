@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.launch.snapshot import ROOT, commit
 from tests.multiprocess.case import CHUNKS, CHUNKS_ON_HOST, FEATURES, Case
-from tests.multiprocess.test_parity import check, run
+from tests.multiprocess.test_parity import CHECKPOINT, check, run
 
 RESULTS = ROOT / "benchmarks" / "results"
 AXES: dict[str, tuple[Any, ...]] = {
@@ -102,7 +102,19 @@ IN_CHUNKS = [
     for name in ("gpt_oss", "mistral")
     for sp, chunks in ((4, CHUNKS_ON_HOST), (8, CHUNKS))
 ]
-CASES = sorted([*map(case_of, ROWS), *MANY_RANKS, *IN_CHUNKS], key=lambda case: case.ranks)
+# All that waits for backward at once: inputs and attention's outputs, of groups, in host memory, on disk, and staying.
+KEPT = f"{CHECKPOINT}={{offload: disk, disk_groups: 1, resident_groups: 1, keep_attention: true, checksums: true}}"
+IN_GROUPS, ALL_ON_DISK = f"{CHECKPOINT}.layers_per_group=2", f"{CHECKPOINT}={{disk_groups: 3, resident_groups: 0}}"
+WAITING = [
+    Case("llama-one-kv-head", sp=4, engine=False, overrides=(KEPT,)),
+    Case(sp=4, stage=3, accumulation=3, self_check=True, overrides=(KEPT, ALL_ON_DISK)),
+    Case(sp=4, stage=1, overrides=(KEPT, IN_GROUPS)),
+    Case(sp=2, dp=2, stage=2, accumulation=2, steps=2, overrides=(KEPT, IN_GROUPS, ALL_ON_DISK)),
+    Case(sp=2, dp=2, stage=0, overrides=(KEPT,)),
+    Case("llama-one-kv-head", sp=8, stage=3, accumulation=3, overrides=(KEPT, IN_GROUPS, ALL_ON_DISK)),
+    Case(sp=4, dp=2, stage=2, accumulation=2, self_check=True, overrides=(KEPT,)),
+]
+CASES = sorted([*map(case_of, ROWS), *MANY_RANKS, *IN_CHUNKS, *WAITING], key=lambda case: case.ranks)
 
 
 class Launches:

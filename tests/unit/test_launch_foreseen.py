@@ -39,6 +39,10 @@ def test_a_plan_that_fits_and_ends_is_not_refused():
         ),
         (["hardware.host_memory_gib=400"], r"a node's host memory needs [\d.,]+ of 400.0 GiB; set "),
         (["data.seq_len=16777216"], r"a GPU needs .*, a node's host memory needs "),
+        (
+            ["memory.activation_checkpoint.offload=disk", "hardware.host_memory_gib=330", "hardware.scratch_gib=100"],
+            r"a node's scratch disk needs [\d.,]+ of 100.0 GiB; set ",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_with_what_frees_enough(overrides, told):

@@ -31,6 +31,18 @@ def test_the_committed_results_are_current():
     published = memory.rows_of(json.loads(memory.RESULTS.read_text()))
     assert [row.name for row in published] == [case.name for case in memory.CASES]
     for case, row in zip(memory.CASES, published, strict=True):
-        assert memory.predicted(memory.plan_of(case)) == row.predicted, "run python benchmarks/memory.py"
+        assert memory.predicted(memory.plan_of(case)) == row.predicted, "run python -m benchmarks.memory"
     page = memory.DOCS.read_text()
-    assert memory.with_table(page, published) == page, "run python benchmarks/memory.py"
+    assert memory.with_table(page, published) == page, "run python -m benchmarks.memory"
+
+
+def test_shown_it_says_what_it_measures_and_writes_nothing(rows, monkeypatch, capsys):
+    written = [path.read_bytes() for path in (memory.RESULTS, memory.DOCS)]
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # it sets it where nobody has
+    monkeypatch.setattr(memory, "row_of", lambda case: next(row for row in rows if row.name == case.name))
+    memory.main(writes=False)
+    printed = capsys.readouterr().out
+    for row in rows:
+        (line,) = [line for line in printed.splitlines() if line.strip().startswith(row.name.replace(" (ours)", ""))]
+        assert f"{row.measured['device']:,.0f}" in line
+    assert [path.read_bytes() for path in (memory.RESULTS, memory.DOCS)] == written

@@ -56,5 +56,7 @@ def test_gradients_are_off_by_no_more_than_is_stated_and_the_loss_by_nothing(kee
 
 
 def test_without_offload_it_is_refused():
-    with pytest.raises(RecipeError, match="offload_dtype fp8 needs offload cpu or disk, not null; set offload_dtype"):
+    with pytest.raises(
+        RecipeError, match="offload_dtype fp8 needs offload cpu, disk or auto, not null; set offload_dtype"
+    ):
         load("tiny", overrides=["memory.activation_checkpoint={offload: null, offload_dtype: fp8}"])

@@ -1,13 +1,14 @@
 """How much host memory a process may take: the machine's, or what its control groups leave; told before training."""
 
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.errors import RunError
 from pipeline.memory import host_arena
-from pipeline.memory.host_arena import available_bytes, check_node, host_block
+from pipeline.memory.host_arena import HostArena, available_bytes, check_node, host_block
 
 GIB = 1 << 30
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\n"
@@ -77,6 +78,23 @@ def test_this_process_may_take_something_and_gets_it_from_a_pages_border_on():
     assert 0 < available_bytes() <= host_arena._meminfo("MemTotal")
     block = host_block(10_001, pinned=False)
     assert (block.dtype, block.nbytes, block.data_ptr() % 4096) == (torch.uint8, 10_001, 0)
+
+
+def test_what_is_pinned_is_unpinned_once_when_its_last_view_is_gone_and_copies_have_ended(monkeypatch):
+    calls = []
+    cuda = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: calls.append(("pin", address, size)) or 0,
+        cudaHostUnregister=lambda address: calls.append(("unpin", address)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(("wait",)))
+    arena = HostArena(capacity_bytes=GIB >> 10, pinned=True)
+    _, piece = arena.take(torch.empty(100))
+    address = piece.data_ptr()
+    del arena
+    assert calls == [("pin", address, GIB >> 10)]
+    del piece
+    assert calls[1:] == [("wait",), ("unpin", address)]
 
 
 def test_the_limit_of_locked_memory_is_told():

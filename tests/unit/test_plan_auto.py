@@ -10,7 +10,7 @@ from pipeline.plan.time import step_seconds
 from pipeline.recipe.load import load
 
 CHECKPOINT = "memory.activation_checkpoint"
-AUTO = f"{CHECKPOINT}={{keep_attention: auto, layers_per_group: auto, resident_groups: 0}}"
+AUTO = f"{CHECKPOINT}={{offload: cpu, keep_attention: auto, layers_per_group: auto, resident_groups: 0}}"
 LENGTH = "data.seq_len=2097152"
 RESIDENT = f"{CHECKPOINT}.resident_groups=auto"
 

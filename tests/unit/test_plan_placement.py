@@ -1,5 +1,6 @@
 """Where checkpoints wait: on the GPU as many as there is room for, told by the same formulas as the plan."""
 
+import re
 from itertools import pairwise, product
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.plan.memory import MOMENTS, Sizes, gpu_bytes, in_host_memory
 from pipeline.plan.memory import on_disk as on_disk_terms
 from pipeline.plan.offload import offload_of
 from pipeline.plan.placement import RESIDENT_SHARE
+from pipeline.plan.table import print_plan
 from pipeline.recipe.load import load
 
 CHECKPOINT = "memory.activation_checkpoint"
@@ -180,6 +182,115 @@ def test_where_host_memory_binds_advice_names_the_disk_and_auto_takes_it_where_n
     assert chosen.recipe.memory.activation_checkpoint.offload == "disk"
 
 
-def test_groups_on_disk_without_a_disk_are_refused():
-    with pytest.raises(RecipeError, match=r"disk_groups 3 needs offload disk, not cpu; set offload: disk, or"):
-        planned(f"{CHECKPOINT}.disk_groups=3")
+@pytest.mark.parametrize("offload", ["cpu", "auto"])
+def test_groups_on_disk_without_a_disk_are_refused(offload):
+    with pytest.raises(RecipeError, match=rf"disk_groups 3 needs offload disk, not {offload}; set offload: disk, or"):
+        planned(f"{CHECKPOINT}.disk_groups=3", f"{CHECKPOINT}.offload={offload}")
+
+
+# `offload: auto`
+
+
+AUTO = f"{CHECKPOINT}.offload=auto"
+SCRATCH = "hardware.scratch=/local"
+SCARCE = ("data.seq_len=4194304", "hardware.host_memory_gib=900")
+
+
+def place(plan: JobPlan) -> str | None:
+    return plan.recipe.memory.activation_checkpoint.offload
+
+
+def seconds_of(plan: JobPlan) -> float:
+    found = estimate(plan).seconds
+    assert found is not None
+    return found.total
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (("data.seq_len=65536",), None),
+        (("data.seq_len=4194304",), "cpu"),
+        (SCARCE, "disk"),
+    ],
+    ids=["device", "host", "disk"],
+)
+def test_auto_takes_the_nearest_place_that_has_room_and_it_is_as_fast_as_any(asked, expected):
+    plan = planned(AUTO, SCRATCH, *asked)
+    assert place(plan) == expected
+    assert load_of(plan).fits
+    assert plan_job(plan.recipe) == plan
+    for offload in ("null", "cpu", "disk"):
+        other = planned(f"{CHECKPOINT}.offload={offload}", SCRATCH, *asked)
+        assert not load_of(other).fits or seconds_of(plan) <= seconds_of(other)
+        if place(other) == expected:
+            assert other == plan
+
+
+def test_auto_leaves_a_disk_alone_that_nobody_has_named():
+    plan = planned(AUTO, *SCARCE)
+    assert place(plan) == "cpu"
+    assert not load_of(plan).fits
+
+
+def test_auto_sends_what_would_fill_the_last_tenth_of_a_gpu_while_host_memory_has_room():
+    full = planned(f"{CHECKPOINT}.offload=null", "data.seq_len=auto")
+    states = load_of(full).host.total / 2**30
+    roomy, scarce = (
+        planned(AUTO, f"data.seq_len={full.seq_len}", f"hardware.host_memory_gib={gib}") for gib in (1769, states + 1)
+    )
+    assert place(roomy) == "cpu"
+    assert gpu_bytes(roomy).total <= RESIDENT_SHARE * load_of(roomy).hardware.memory_bytes
+    assert place(scarce) is None
+    assert load_of(scarce).fits
+
+
+def test_where_nothing_has_room_auto_takes_the_farthest_and_advice_goes_on_from_there():
+    for scratch, farthest in (((), "cpu"), ((SCRATCH,), "disk")):
+        plan = planned(AUTO, "data.seq_len=8388608", "hardware.host_memory_gib=400", *scratch)
+        assert not load_of(plan).fits
+        assert place(plan) == farthest
+        assert advise(plan)[-1].fits
+
+
+PLACES = ("null", "cpu", "disk")
+
+
+def test_with_auto_a_length_fits_that_any_place_fits():
+    tight = ("data.seq_len=auto", "hardware.host_memory_gib=500", SCRATCH)
+    longest = [planned(f"{CHECKPOINT}.offload={offload}", *tight).seq_len for offload in PLACES]
+    assert planned(AUTO, *tight).seq_len == max(longest) == longest[-1]
+
+
+def test_what_is_stored_in_eight_bits_leaves_the_device():
+    plan = planned(AUTO, "data.seq_len=65536", f"{CHECKPOINT}.offload_dtype=fp8")
+    assert place(plan) == "cpu"
+
+
+def test_without_a_gpu_there_is_one_memory_and_all_stays_in_place():
+    assert place(planned(AUTO, recipe="tiny")) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("data.seq_len=65536",), "layer inputs on device"),
+        (("data.seq_len=4194304",), "layer inputs in host memory"),
+        (
+            ("data.seq_len=2097152", "hardware.host_memory_gib=300", f"{CHECKPOINT}.keep_attention=true"),
+            r"layer inputs and attention outputs in host memory \(of \d+ layers on disk, of the last \d+ on device\)",
+        ),
+        (("data.seq_len=4194304", f"{CHECKPOINT}.layers_per_group=2"), "the input of every 2 layers in host memory"),
+    ],
+)
+def test_the_plan_tells_what_auto_has_chosen(asked, told, capsys):
+    print_plan(planned(AUTO, SCRATCH, *asked))
+    assert re.search(f"for backward +{told}", " ".join(capsys.readouterr().out.split()))
+
+
+def test_auto_decides_together_with_what_is_kept():
+    """Where it is allowed a disk, the faster combination fits: attention's outputs are kept, and some of them there."""
+    asked = (AUTO, f"{CHECKPOINT}={{keep_attention: auto, layers_per_group: auto}}", "data.seq_len=3800000")
+    without, with_disk = planned(*asked), planned(*asked, SCRATCH)
+    assert (place(without), place(with_disk)) == ("cpu", "disk")
+    assert seconds_of(with_disk) < 0.85 * seconds_of(without)

@@ -36,4 +36,14 @@ def test_what_is_off_saves_nothing_and_what_is_on_is_told_in_a_line_each():
     lines = list(savings_lines(planned(), peak_bytes=3 << 30))
     assert "GiB planned allocated on a GPU, 3.00 measured" in lines[0]
     assert len(lines) == 2 + len(savings(planned()))
-    assert "GiB planned resident in a process" in next(savings_lines(off, peak_bytes=1))
+
+
+def test_without_a_gpu_a_process_has_one_number_a_feature_its_host_memory():
+    tiny = plan_job(load("tiny-million"))
+    first, head, *lines, note = savings_lines(tiny, peak_bytes=1)
+    assert "GiB planned resident in a process" in first
+    assert head.split()[-2:] == ["a", "process"]
+    for line, saving in zip(lines, savings(tiny), strict=True):
+        assert line.split()[-1] == f"{saving.host_bytes / 2 / 2**30:+,.2f}"
+    assert lines[-1].split() == ["offload", "to", "cpu", "-0.25"]
+    assert "without one it only copies within the same memory" in note
