@@ -285,6 +285,7 @@ class _ChunkedLayer:
             blocks.drop(chunk)
             states.write(dhidden, call.rows[chunk], dx)
             sums = [add_in_float32(total, one) for total, one in zip(sums, of_parameters, strict=True)]
+            del dx, of_parameters  # else they would be there while the next chunk's are made
         states.settle()
         return sums
 

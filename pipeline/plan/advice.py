@@ -12,6 +12,7 @@ from pipeline.recipe.load import apply_override, check
 from pipeline.recipe.schema import Recipe
 
 _PLANNED = "keep_attention: auto, resident_groups: auto, disk_groups: auto, checksums: false, offload_dtype: null"
+_MADE_AGAIN = "keep_keys_values: false"
 LEVELS: tuple[tuple[str, ...], ...] = (
     # One tuple per feature, from off to on.
     ("memory.tiled_loss=null", "memory.tiled_loss={tile_tokens: auto, kernel: own}"),
@@ -22,6 +23,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         f"memory.activation_checkpoint={{offload: null, layers_per_group: 1, {_PLANNED}}}",
         f"memory.activation_checkpoint={{offload: cpu, layers_per_group: auto, {_PLANNED}}}",
         f"memory.activation_checkpoint={{offload: disk, layers_per_group: 1, {_PLANNED}}}",
+    ),
+    (
+        "memory.sequence_chunks=null",
+        f"memory.sequence_chunks={{hidden_states: gpu, keys_values: gpu, {_MADE_AGAIN}}}",
+        f"memory.sequence_chunks={{hidden_states: cpu, keys_values: gpu, {_MADE_AGAIN}}}",
+        f"memory.sequence_chunks={{hidden_states: cpu, keys_values: cpu, {_MADE_AGAIN}}}",
     ),
     ("zero.offload_optimizer=null", "zero.offload_optimizer=cpu"),
     ("zero.offload_parameters=null", "zero.offload_parameters=cpu"),
@@ -130,11 +137,14 @@ def _advice(changes: tuple[str, ...], now: Estimate, after: Estimate, *, instead
 
 
 def feature_sets(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe with every set of features, the fewest first."""
+    """The recipe with every set of features that go together, the fewest first."""
     ranked = sorted(product(*(range(len(level)) for level in LEVELS)), key=lambda chosen: (sum(chosen), chosen))
     for chosen in ranked:
         picked = [level[number] for level, number in zip(LEVELS, chosen, strict=True)]
-        yield changed(recipe, [*ALWAYS, *picked])
+        try:
+            yield changed(recipe, [*ALWAYS, *picked])
+        except RecipeError:  # hidden states in host memory, and their checkpoints on the device
+            continue
 
 
 def cheapest(recipe: Recipe, shape: ModelShape) -> JobPlan:
@@ -143,16 +153,29 @@ def cheapest(recipe: Recipe, shape: ModelShape) -> JobPlan:
     For `seq_len: auto` the length is the longest that any set of features reaches. Where no seconds are known, on a
     CPU, the fewest features that fit. Raises RecipeError if none does.
     """
-    plans = [plan for candidate in feature_sets(recipe) if (plan := _planned(candidate, (), shape)) is not None]
-    fitting = [plan for plan in plans if load_of(plan).fits]
+    sets = list(feature_sets(recipe))
+    length = _longest(sets, shape) if recipe.data.seq_len == "auto" else recipe.data.seq_len
+    plans = [_planned(one, (f"data.seq_len={length}",), shape) for one in sets] if length else []
+    fitting = [plan for plan in plans if plan is not None and load_of(plan).fits]
     if not fitting:
         raise RecipeError(
             f"data.seq_len = {recipe.data.seq_len}: fits with no set of features on {recipe.hardware.nodes} nodes of "
             f"{recipe.hardware.gpus_per_node} {recipe.hardware.gpu.value}; take a shorter one, or more nodes"
         )
-    most = max(plan.seq_len for plan in fitting)
-    estimates = [estimate(plan) for plan in fitting if plan.seq_len == most]
-    return min(estimates, key=lambda found: _seconds_per_token(found) or 0.0).plan
+    return min(map(estimate, fitting), key=lambda found: _seconds_per_token(found) or 0.0).plan
+
+
+def _longest(sets: Sequence[Recipe], shape: ModelShape) -> int:
+    """The longest sequence that any of them reaches; 0 if none reaches any. Those with most features come first, and
+    what does not fit as long as the longest so far is not looked at further."""
+    length = 0
+    for one in reversed(sets):
+        tried = _planned(one, (f"data.seq_len={length}",), shape) if length else None
+        if length and (tried is None or not load_of(tried).fits):
+            continue
+        found = _planned(one, (), shape)
+        length = length if found is None else max(length, found.seq_len)
+    return length
 
 
 def choose(recipe: Recipe, *, features: str) -> JobPlan:
