@@ -22,6 +22,8 @@ SIZES = (
     "evaluation=null",
 )
 
+CHUNKS = "memory.sequence_chunks={chunk_tokens: 8192, keep_keys_values: false"
+
 CASES = {
     "every feature": (),
     "no offload": ("memory.activation_checkpoint={offload: null}",),
@@ -34,6 +36,13 @@ CASES = {
     "kept attention": ("memory.activation_checkpoint={keep_attention: true, resident_groups: 0}",),
     "on disk": ("memory.activation_checkpoint={offload: disk, disk_groups: 2, resident_groups: 0}",),
     "in fp8": ("memory.activation_checkpoint={offload_dtype: fp8, resident_groups: 0}",),
+    "in chunks": (f"{CHUNKS}, hidden_states: gpu, keys_values: gpu}}",),
+    "in chunks, kept attention": (
+        f"{CHUNKS}, hidden_states: gpu, keys_values: gpu}}",
+        "memory.activation_checkpoint={keep_attention: true, resident_groups: 0}",
+    ),
+    "in chunks, hidden states on the host": (f"{CHUNKS}, hidden_states: cpu, keys_values: gpu}}",),
+    "in chunks, all on the host": (f"{CHUNKS}, hidden_states: cpu, keys_values: cpu}}",),
     "as many KV heads": ("model.config={num_key_value_heads: 16}",),
 }
 
@@ -47,6 +56,7 @@ def test_the_planned_activations_are_what_cuda_allocates(device, name):
     from pipeline.memory.apply import attach
     from pipeline.model.build import build_model
     from pipeline.parallel.mesh import Mesh
+    from pipeline.parallel.shard import Layout
     from pipeline.plan.job import plan_job
     from pipeline.plan.memory import activation_bytes, activation_moment
     from pipeline.plan.offload import offload_of
@@ -58,13 +68,21 @@ def test_the_planned_activations_are_what_cuda_allocates(device, name):
     register()
     model = build_model(plan.recipe.model, attention=NAME, seed=0).to(device)
     tiles = {f"{name}_tile_tokens": getattr(plan, f"{name}_tile_tokens") for name in ("norm", "mlp", "loss")}
-    attach(
-        model, plan.recipe.memory, **tiles, offload=offload_of(plan), pinned=True
-    )  # not attach_features: this process set no allocator
+    attach(  # not attach_features: this process set no allocator
+        model,
+        plan.recipe.memory,
+        **tiles,
+        local_chunk_tokens=plan.local_chunk_tokens,
+        offload=offload_of(plan),
+        pinned=True,
+    )
     ids = torch.randint(plan.model.vocab_size, (1, TOKENS), device=device)
     bounds = torch.tensor([0, TOKENS // 3, TOKENS], dtype=torch.int32)
-    context = AttentionContext(segments_of(bounds, device=device), Mesh(0, 1, 1, None), kernel)
-    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(TOKENS, device=device)[None]}
+    layout = Layout(TOKENS, 1, plan.chunk_tokens)
+    context = AttentionContext(segments_of(bounds, device=device), Mesh(0, 1, 1, None), kernel, layout)
+    on_host = plan.recipe.memory.sequence_chunks is not None and "hidden_states: cpu" in str(CASES[name])
+    positions = torch.arange(TOKENS, device="cpu" if on_host else device)[None]  # as the train job has it
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
     model(**inputs, attention_context=context).backward()  # gradients are there from now on
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

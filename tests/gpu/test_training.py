@@ -13,8 +13,15 @@ from tests.gpu.support import gpu_of_this_machine
 STEPS = 3
 
 
+IN_CHUNKS = "memory.sequence_chunks={chunk_tokens: 8192, hidden_states: cpu, keys_values: cpu}"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    return train(tmp_path_factory)
+
+
+def train(tmp_path_factory, *more: str):
     """`alst train tiny` on the GPU; its run folder and what it printed."""
     for package in ("deepspeed", "pydantic"):
         pytest.importorskip(package)
@@ -27,6 +34,7 @@ def run(tmp_path_factory):
         "train.self_check.tolerance=3e-2",
         "tracking.mlflow=false",
         "memory.activation_checkpoint.resident_groups=0",  # there is room for all of them
+        *more,
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.cli", "train", "tiny", *overrides],
@@ -57,3 +65,14 @@ def test_layer_inputs_wait_in_host_memory_and_the_gpu_is_measured(run):
     assert rows[-1]["offloaded_bytes"] == layers * plan["local_seq_len"] * hidden * bfloat16_bytes
     assert rows[-1]["peak_device_bytes"] > 0
     assert 0 < rows[-1]["mfu"] < 1
+
+
+def test_in_chunks_from_host_memory_it_trains_as_without_them(run, tmp_path_factory):
+    """The self-check holds it to the stock model, and the losses to those of the run before."""
+    folder, printed = train(tmp_path_factory, IN_CHUNKS)
+    assert "self-check on 32,768 tokens" in printed
+    losses = [
+        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (run[0], folder)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
