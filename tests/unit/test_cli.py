@@ -103,7 +103,7 @@ def test_json_has_what_a_job_will_take_and_items_add_up(alst, recipe):
 
 
 def test_what_does_not_fit_is_told_with_what_to_change(alst):
-    outcome = alst("plan", "llama8b", "data.seq_len=8388608")
+    outcome = alst("plan", "llama8b", "data.seq_len=33554432")
     assert outcome.code == 0
     for words in (
         "does NOT fit",
