@@ -6,7 +6,7 @@ tensors that are there before.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,13 +34,13 @@ class Measured:
     attached: Attached
 
 
-def measured(plan: JobPlan) -> Measured:
+def measured(plan: JobPlan, *, document: int = DOCUMENT) -> Measured:
     """The peak of a second forward and backward of the plan's model, of one rank; for more there must be a group."""
     register()
     model = build_model(plan.recipe.model, attention=NAME, seed=0)
     attached = attach_features(model, plan)
     ids = torch.randint(plan.model.vocab_size, (1, plan.local_seq_len))
-    bounds = torch.arange(0, plan.seq_len + 1, DOCUMENT, dtype=torch.int32)
+    bounds = torch.arange(0, plan.seq_len + 1, document, dtype=torch.int32)
     group = dist.group.WORLD if plan.sp > 1 else None
     mesh = Mesh(rank=0, world_size=plan.sp, sp=plan.sp, sp_group=group)
     layout = Layout(plan.seq_len, plan.sp, plan.chunk_tokens)
@@ -50,6 +50,11 @@ def measured(plan: JobPlan) -> Measured:
     def step() -> None:
         model(**inputs, attention_context=context).backward()
 
+    return Measured(peak_bytes(step), attached)
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """The most that a second run of the step holds at once."""
     step()  # gradients are there from now on
     gc.collect()  # what was left before must not go while this is recorded
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -60,7 +65,7 @@ def measured(plan: JobPlan) -> Measured:
     for _, change in changes:
         held += change
         peak = max(peak, held)
-    return Measured(peak, attached)
+    return peak
 
 
 @contextmanager

@@ -62,7 +62,10 @@ class HostBlocks:
         self._send_pair(chunk, BLOCK, keys_values)
 
     def start(self, chunk: int, *, grads: bool = False) -> None:
-        for kind in (*BLOCK, *SUMS) if grads else BLOCK:
+        self._start(chunk, (*BLOCK, *SUMS) if grads else BLOCK)
+
+    def _start(self, chunk: int, kinds: tuple[Kind, ...]) -> None:
+        for kind in kinds:
             handle = self._there.get((chunk, kind))
             if handle is not None and handle.resident is None:
                 assert handle.waiting is not None
@@ -95,7 +98,7 @@ class HostBlocks:
     def _sums(self, chunk: int) -> Pair | None:
         if (chunk, "dk") not in self._there:
             return None
-        self.start(chunk, grads=True)
+        self._start(chunk, SUMS)  # not the block: whoever wanted it has it
         dk, dv = (self._arrived(chunk, kind) for kind in SUMS)
         return dk, dv
 
