@@ -53,7 +53,8 @@ from pipeline.train.loop import Outcome, Reporting, Watch, train
 from pipeline.train.resume import Resume, find_resume, load
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
-from pipeline.train.stopping import Stopping
+from pipeline.train.step_costs import step_costs
+from pipeline.train.stopping import RECENT_STEPS, Stopping
 from pipeline.train.watchdog import Watchdog
 
 
@@ -93,13 +94,13 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     if resume is not None:
         load(resume, engine, run_dir, mesh)
         _say(mesh, _resumed(resume, plan))
-    checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir))
+    heartbeat = Heartbeat()
+    heartbeat.attach(engine.module)
+    checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir), beat=heartbeat.beat)
     guard = Guard(trainee, dataset, run_dir, lambda step: checkpointer.save_aside(loader.cursor(step - 1)))
     before = _steps_before(run_dir.metrics, loader.start)
     alike = before if resume is not None and not resume.universal else []  # other ranks took another time
-    stopping = _stopping(queue, plan, run_dir, checkpointer, alike, rank=mesh.rank)
-    heartbeat = Heartbeat()
-    heartbeat.attach(engine.module)
+    stopping = _stopping(queue, trainee, run_dir, checkpointer, loader, alike)
     spikes = SpikeDetector([row["loss"] for row in before if row["loss"] is not None])
     watch = Watch(guard, spikes, held_out, stopping, heartbeat, patience)
     tracker = _tracker(plan, run_dir, mesh, dataset, resume)
@@ -340,16 +341,26 @@ def _steps_before(metrics: Path, start: Cursor) -> list[dict[str, Any]]:
 
 
 def _stopping(
-    queue: Queue, plan: JobPlan, run_dir: RunDir, checkpointer: Checkpointer, before: list[dict[str, Any]], *, rank: int
+    queue: Queue,
+    trainee: Trainee,
+    run_dir: RunDir,
+    checkpointer: Checkpointer,
+    loader: PackedLoader,
+    before: list[dict[str, Any]],
 ) -> Stopping:
+    plan = trainee.plan
     foreseen = estimate(plan).checkpoint_seconds or 0.0
+    # At another number of ranks, long ago, the places of samples were others.
+    known = [row for row in before[1:] if loader.cursor(row["step"] - 1).position >= 0]
     return Stopping(
         queue,
         run_dir,
         saves=plan.recipe.checkpoint is not None,
         save_seconds=lambda: checkpointer.longest_seconds or foreseen,
-        step_seconds=[row["step_seconds"] for row in before[1:]],
-        rank=rank,
+        step_seconds=[(row["step"], row["step_seconds"]) for row in known[-RECENT_STEPS:]],
+        done=loader.start.step,
+        cost=step_costs(plan, loader),
+        rank=trainee.mesh.rank,
     )
 
 
