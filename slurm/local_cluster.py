@@ -78,8 +78,10 @@ class _Daemon:
 class LocalCluster:
     """One cluster in one folder. `up`, then `environment` for everything that is to use it, then `down`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, preempts: str = "partition_prio") -> None:
+        """`preempts` is Slurm's word for what decides which job has to go: `partition_prio`, or `qos`."""
         self.folder = folder.resolve()
+        self._preempts = preempts
         self._daemons: list[_Daemon] = []
 
     @property
@@ -297,6 +299,7 @@ class LocalCluster:
                 munge=self._munge_socket,
                 me=_me(),
                 nodes=nodes,
+                preempts=self._preempts,
                 grace=GRACE_SECONDS,
             )
         )
@@ -382,7 +385,7 @@ AccountingStoreFlags=job_comment,job_env,job_script
 AccountingStorageEnforce=associations,limits,qos
 GresTypes=gpu
 {nodes}
-PreemptType=preempt/partition_prio
+PreemptType=preempt/{preempts}
 PreemptMode=REQUEUE
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime={grace}
 PartitionName=cpu Nodes=ALL Default=NO MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1
