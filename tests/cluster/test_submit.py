@@ -72,10 +72,9 @@ def test_each_task_reads_the_secrets_itself(user, profile, tmp_path):
     assert CANARY not in status + told(run)
 
 
-def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, two_ranks):
-    run = user.submit("--nodes", "2", TWO_RANKS)
+def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, place, two_ranks):
+    run = place.begun()
     assert list(jobs(run)) == ["train"], "the packed data is there already"
-    user.wait(lambda: len(losses(run)) >= 3, run)
     with frozen(both(user)):
         disturbed = Disturbed(run)
         status = user.alst("status", run.name)
@@ -89,7 +88,7 @@ def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, 
     assert "step 1/8" in followed and "resumed from step-00000" in followed and "step 8/8" in followed
     log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
     assert "resumed from step-00000" in log.read_text()
-    disturbed.ended("`scontrol requeue`", by="Slurm", user=user, peaceful=two_ranks)
+    disturbed.ended("`scontrol requeue`", by="Slurm", place=place, peaceful=two_ranks)
 
 
 def test_a_cancelled_run_leaves_no_process_and_can_be_resumed(user, two_ranks):
