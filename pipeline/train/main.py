@@ -46,7 +46,7 @@ from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.evaluate import HeldOut, open_held_out
-from pipeline.train.fabric import check_rate
+from pipeline.train.fabric import check_fabric
 from pipeline.train.guard import Guard, NotFiniteError
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.loop import Outcome, Reporting, Watch, train
@@ -77,8 +77,7 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     init_distributed(plan, timeout=timeout)
     _check_same_kernel(attention)
     mesh = create_mesh(plan.sp, timeout=timeout)
-    if queue.least_bus_bytes_per_second is not None:
-        check_rate(device, queue.least_bus_bytes_per_second)
+    rate = check_fabric(device, least_bytes_per_second=queue.least_bus_bytes_per_second)
     resume = find_resume(plan, run_dir, mesh)
     register()
     model = build_model(
@@ -89,7 +88,7 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     limit_collectives(timeout)  # of the engine's groups too
     trainee = Trainee(engine, plan, mesh, attention.kernel, device)
     loader = _loader(plan, mesh, dataset, start=Cursor() if resume is None else resume.cursor)
-    _tell_start(trainee, attention, dataset, loader, held_out)
+    _tell_start(trainee, attention, rate, dataset, loader, held_out)
     _check(trainee, dataset, loader)
     if resume is not None:
         load(resume, engine, run_dir, mesh)
@@ -153,7 +152,12 @@ def _train(
 
 
 def _tell_start(
-    trainee: Trainee, attention: Choice, dataset: PackedDataset, loader: PackedLoader, held_out: HeldOut | None
+    trainee: Trainee,
+    attention: Choice,
+    rate: float | None,
+    dataset: PackedDataset,
+    loader: PackedLoader,
+    held_out: HeldOut | None,
 ) -> None:
     """What will run, as far as it is known before the first step."""
     mesh = trainee.mesh
@@ -161,6 +165,8 @@ def _tell_start(
         _say(mesh, f"attention: passed over {reason}")
     _say(mesh, f"attention: {attention.kernel.name} ({attention.detail})")
     _say(mesh, f"mesh: dp={mesh.dp} x sp={mesh.sp}, {trainee.plan.local_seq_len:,} tokens per rank")
+    if rate is not None:
+        _say(mesh, f"fabric: an all-reduce over all ranks reaches {rate / 1e9:.2f} GB/s of bus bandwidth")
     _say(mesh, _first_sample(dataset, loader))
     if held_out is not None:
         _say(mesh, f"held out: {len(held_out.samples):,} samples with {held_out.valid_tokens:,} labels")

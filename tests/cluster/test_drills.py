@@ -1,6 +1,5 @@
 """Drills on the real cluster: a run is disturbed, goes on, and ends with the very losses of one left in peace."""
 
-import json
 import os
 import re
 import shlex
@@ -75,20 +74,23 @@ def test_a_rank_that_is_killed_in_a_step_is_named_and_the_run_resumed(user, plac
     disturbed.ended("kill -9 of a rank in a step", by="`alst resume`", place=place, peaceful=two_ranks)
 
 
-def test_tasks_that_could_not_be_launched_are_launched_again(user, tmp_path, bare):
-    """A node's slurmd is gone when srun wants to start the tasks of packing, and back soon after."""
-    gate, there = tmp_path / "gate", tmp_path / "there"
-    wait = f"touch {there}; until [ -e {gate} ]; do sleep 0.1; done"
-    run = bare.submit("data.seed=7", pack={"tasks": 1}, setup=[wait])
-    user.wait(there.exists, run)
-    node = user.cluster.ask("squeue", "-h", "-j", jobs(run)["pack"], "-o", "%N").strip()
-    with user.cluster.without(node):
-        gate.touch()
-        user.wait((run / "slurm" / "requeues").exists, run)
-    user.wait(lambda: user.state(jobs(run)["pack"]) == "COMPLETED", run)
-    assert "its tasks could not be launched" in (run / "slurm" / "requeues").read_text()
-    bare.alst("cancel", run.name)
+def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, place, two_ranks):
+    run = place.begun()
+    assert list(jobs(run)) == ["train"], "the packed data is there already"
+    with frozen(both(user)):
+        disturbed = Disturbed(run)
+        status = user.alst("status", run.name)
+        assert re.search(r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", status)
+        follower = user.start("logs", run.name, "--rank", "0", "--follow")
+        user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
     user.wait_for_end(run)
+    assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
+    followed, _ = follower.communicate(timeout=WAIT_SECONDS)
+    assert follower.returncode == 0
+    assert "step 1/8" in followed and "resumed from step-00000" in followed and "step 8/8" in followed
+    log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
+    assert "resumed from step-00000" in log.read_text()
+    disturbed.ended("`scontrol requeue`", by="Slurm", place=place, peaceful=two_ranks)
 
 
 # Those that take longer
@@ -242,41 +244,3 @@ def test_a_second_job_of_the_same_run_is_refused_and_the_first_is_left_in_peace(
     assert "another job trains into this run folder (process " in (run / "second.out").read_text()
     place.ends_well(run)
     disturbed.ended("two jobs of one run", by="nobody: the second is refused", place=place, peaceful=two_ranks)
-
-
-@pytest.mark.full
-def test_switch_files_save_and_stop_a_run_until_it_is_resumed(user, bare, two_ranks):
-    run = bare.begun("checkpoint.every_steps=null")
-    bare.alst("save", run.name)
-    user.wait(lambda: not (run / "save").exists() and list((run / "checkpoints").glob("step-*")), run)
-    bare.alst("stop", run.name)
-    bare.ends_well(run)
-    assert len(losses(run)) < len(two_ranks), "it had ended before it was asked"
-    assert "resume` goes on" in log_of(run, start=0)
-    assert not (run / "slurm" / "requeues").exists()
-    bare.alst("resume", run.name)
-    bare.ends_well(run)
-    assert losses(run) == two_ranks
-
-
-@pytest.mark.full
-def test_in_a_chain_the_next_job_goes_on_where_the_signal_ended_the_last(user, bare, two_ranks):
-    run = bare.begun("checkpoint.every_steps=null", "--chain", "3")
-    first, second, third = [job["id"] for job in json.loads((run / "slurm" / "jobs.json").read_text())["jobs"]]
-    user.cluster.ask("scancel", "--signal=USR2", first)
-    user.wait_for_end(run)
-    assert [user.state(job) for job in (first, second, third)] == ["COMPLETED"] * 3
-    assert "resumed from step-00000" in (run / "logs" / f"train-{second}" / "0" / "rank0.log").read_text()
-    assert "all 8 steps are done" in (run / "logs" / f"train-{third}" / "0" / "rank0.log").read_text()
-    assert not (run / "slurm" / "requeues").exists()
-    assert losses(run) == two_ranks
-
-
-@pytest.mark.full
-def test_ranks_that_reach_each_other_too_slowly_do_not_begin(user, bare):
-    run = bare.submit(train={"least_bus_gigabytes_per_second": 1e6})
-    user.wait_for_end(run)
-    assert user.state(train_job(run)) == "FAILED"
-    status = bare.alst("status", run.name)
-    assert re.search(r"the bus bandwidth of an all-reduce is \d+\.\d\d GB/s, and train\.least_bus_gig", status), status
-    assert losses(run) == []
