@@ -192,7 +192,7 @@ SHORT_OF_THE_SAVE = ("train.stall_seconds=8", "checkpoint.keep_last=4")
 """Collectives give up after 16 s then, and a slow save lasts 30."""
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_save_that_outlasts_the_patience_is_no_stall_while_it_gets_on(runs, recipe, peaceful, asynchronous):
     how = f"checkpoint.asynchronous={str(asynchronous).lower()}"
     printed = alst("train", recipe, *SHORT_OF_THE_SAVE, how, runs=runs, fault="slow 1 2")
