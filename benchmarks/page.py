@@ -78,7 +78,7 @@ def length_lines() -> Iterator[str]:
     """What one H200 holds, the reference's features and this project's, in this project's code."""
     yield "| one H200, Llama-8B, longest by the plan | tokens | binds |"
     yield "|---|---|---|"
-    for rung in (REFERENCE_ALL, WITHOUT, "layer-groups"):
+    for rung in (REFERENCE_ALL, WITHOUT, "layer-groups", "sequence-chunks", "chunks-on-host"):
         plan = longest(lambda tokens, rung=rung: expected(rung, tokens, KERNELS[0]).plan, sp=1)
         yield f"| {rung} | {plan.seq_len:,} | {estimate(plan).load.binding} |"
 

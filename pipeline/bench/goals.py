@@ -14,6 +14,8 @@ GOAL_HIDDEN = 4096
 
 KEEP, WITHOUT = "keep-attention", "tiled-norm"
 """The rung that keeps attention's output, and the one below it."""
+CHUNKS, WHOLE = "sequence-chunks", "layer-groups"
+"""The rung whose layers run in chunks, and the one below it."""
 REFERENCE_ALL = "offload"
 """The rung that is all the reference has."""
 
@@ -142,6 +144,7 @@ def goals(groups: Sequence[Group], searches: Sequence[Longest]) -> list[Goal]:
         _utilization(groups),
         _length(searches),
         _stall(groups),
+        _in_chunks(groups),
     ]
 
 
@@ -199,3 +202,13 @@ def _stall(groups: Sequence[Group]) -> Goal:
         if group.engine == "alst" and group.ran and group.seq_len >= 131072 and stall is not None and seconds:
             values.append((stall / seconds, f"{stall / seconds:.1%} at {group.seq_len:,} with {group.rung}"))
     return _goal("offload stall of a step, from 128K", "< 5 %", values, least=None, most=0.05)
+
+
+def _in_chunks(groups: Sequence[Group]) -> Goal:
+    """Against the same features without chunks, where both fit."""
+    values = []
+    for chunked, whole in _pairs(groups, ("alst", CHUNKS), ("alst", WHOLE)):
+        if chunked.seq_len >= 262144:
+            ratio = _speed(chunked) / _speed(whole)
+            values.append((ratio, f"{ratio:.1%} at {chunked.seq_len:,}"))
+    return _goal("speed in sequence chunks against whole layers, from 256K", ">= 95 %", values, least=0.95)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.errors import UserError
 
 CHECKPOINT = "memory.activation_checkpoint"
+CHUNKS = "memory.sequence_chunks"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ LADDER = (
             "memory.tiled_norm=null",
             f"{CHECKPOINT}={{offload: null, keep_attention: false, layers_per_group: 1, resident_groups: auto}}",
             f"{CHECKPOINT}={{disk_groups: auto, checksums: false, offload_dtype: null}}",
+            "memory.sequence_chunks=null",
         ),
         reference=True,
     ),
@@ -40,6 +42,11 @@ LADDER = (
     Rung("tiled-norm", ("memory.tiled_norm={tile_tokens: auto}",)),
     Rung("keep-attention", (f"{CHECKPOINT}.keep_attention=true",)),
     Rung("layer-groups", (f"{CHECKPOINT}.layers_per_group=2",)),
+    Rung(
+        "sequence-chunks",
+        (f"{CHUNKS}={{chunk_tokens: auto, hidden_states: gpu, keys_values: gpu, keep_keys_values: false}}",),
+    ),
+    Rung("chunks-on-host", (f"{CHUNKS}={{hidden_states: cpu, keys_values: cpu}}",)),
 )
 """From nothing to everything. The reference's whole set is `offload`."""
 
