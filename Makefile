@@ -59,8 +59,7 @@ cluster-down: ## end it, and all that ran on it
 	@$(PYTHON) slurm/local_cluster.py down $(CLUSTER_DIR)
 
 drills: $(VENV)/.ready-dev test-packages ## disturb runs on a real Slurm; what that cost goes into docs/operations.md
-	ALST_DRILLS=docs/operations.md $(BIN)/python -m pytest -m "full or not full" tests/cluster/test_drills.py \
-		tests/cluster/test_submit.py::test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace
+	ALST_DRILLS=docs/operations.md $(BIN)/python -m pytest -m "full or not full" tests/cluster/test_drills.py
 
 test: $(VENV)/.ready-dev test-packages lint ## everything CI runs
 	$(BIN)/python -m pytest

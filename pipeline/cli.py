@@ -44,6 +44,17 @@ NodesOption = Annotated[int | None, typer.Option(help="Nodes, instead of hardwar
 ClusterOption = Annotated[
     str | None, typer.Option(help="A profile: its GPUs, host memory and time limit instead of the recipe's.")
 ]
+RungsOption = Annotated[
+    str,
+    typer.Option(
+        help="Feature sets, each the one before and more: baseline, tiled-loss, tiled-mlp, offload, tiled-norm, "
+        "keep-attention, layer-groups; `all` of them; `recipe`: as the recipe has them."
+    ),
+]
+EnginesOption = Annotated[
+    str,
+    typer.Option(help="Who trains: alst, reference (DeepSpeed's own tiles and exchange), plain (HF and DeepSpeed)."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
 
@@ -460,6 +471,60 @@ def export(
         from pipeline.metrics.sync import register as register_model
 
         typer.echo(f"registered as {register} version {register_model(run_dir, out, name=register)}")
+
+
+@app.command()
+def bench(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    lengths: Annotated[
+        str, typer.Option(help="Speed: tokens per sample, e.g. 32K,128K. One document each, in steps that are timed.")
+    ] = "",
+    find_max: Annotated[
+        bool, typer.Option("--find-max", help="Length: the longest sample that runs, of each feature set.")
+    ] = False,
+    rungs: RungsOption = "all",
+    engines: EnginesOption = "alst",
+    model: Annotated[
+        str | None, typer.Option(help="Shapes of this model, e.g. meta-llama/Llama-3.1-8B; nothing is downloaded.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help="How many of its layers. With two numbers speeds are extrapolated along the line.")
+    ] = "2",
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are measured in a run, after one that is not.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each speed; engines and feature sets take turns.")] = 1,
+    most: Annotated[str, typer.Option(metavar="TOKENS", help="--find-max looks no further.")] = "8M",
+    grain: Annotated[str, typer.Option(metavar="TOKENS", help="--find-max tries multiples of it.")] = "16K",
+    minutes: Annotated[float | None, typer.Option(help="No run is begun after so long; --resume goes on.")] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="After which a run is a row that says so.")] = 1800,
+    data: Annotated[
+        Path | None, typer.Option(help="A packed data set to train on, instead of the bench's own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; by default <runs>/bench.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the results that are there.")] = False,
+) -> None:
+    """Measure a recipe in short runs over lengths and feature sets, each run in a process of its own.
+
+    Out of memory, an illegal access and no end are rows like others. Weights are random, text is real, and the machine
+    is found out. Results, with their conditions: results.json, results.md, memory.png and speed.png in the output.
+
+    alst bench tiny --lengths 1K,4K                          on this CPU, in two minutes
+
+    alst bench llama8b --lengths 32K,128K --layers 2,4       the ladder, extrapolated to 32 layers
+
+    alst bench llama8b --lengths 128K --rungs offload,recipe --engines alst,reference --repeats 3
+
+    alst bench llama8b --find-max --rungs offload,recipe --layers 1
+    """
+    from pipeline.bench.command import Options, run_bench
+
+    asked = Options(
+        recipe, tuple(overrides or ()), lengths, find_max, rungs, engines, model, layers, steps, repeats, most, grain
+    )
+    page = run_bench(
+        asked, data=data, output=output, minutes=minutes, timeout_seconds=timeout, resume=resume, tell=typer.echo
+    )
+    typer.echo(f"\n{page.read_text(encoding='utf-8')}\nresults: {page.parent}")
 
 
 @app.command()

@@ -12,13 +12,14 @@ ordinary user. `down` ends what `up` started, by process id, and what its jobs l
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,10 @@ class _Daemon:
 class LocalCluster:
     """One cluster in one folder. `up`, then `environment` for everything that is to use it, then `down`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, settings: Mapping[str, str] | None = None) -> None:
+        """`settings` of slurm.conf take the place of those below."""
         self.folder = folder.resolve()
+        self._settings = settings or {}
         self._daemons: list[_Daemon] = []
 
     @property
@@ -288,18 +291,19 @@ class LocalCluster:
             _NODE.format(name=name, port=port, cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE)
             for name, port in zip(self.node_names, ports, strict=True)
         )
-        self.config.write_text(
-            _SLURM_CONF.format(
-                folder=self.folder,
-                host=socket.gethostname().split(".")[0],
-                controller=controller,
-                accounting=accounting_port,
-                munge=self._munge_socket,
-                me=_me(),
-                nodes=nodes,
-                grace=GRACE_SECONDS,
-            )
+        text = _SLURM_CONF.format(
+            folder=self.folder,
+            host=socket.gethostname().split(".")[0],
+            controller=controller,
+            accounting=accounting_port,
+            munge=self._munge_socket,
+            me=_me(),
+            nodes=nodes,
+            grace=GRACE_SECONDS,
         )
+        for name, value in self._settings.items():
+            text = re.sub(rf"^{name}=.*\n", "", text, flags=re.MULTILINE) + f"{name}={value}\n"
+        self.config.write_text(text)
         for number in range(GPUS_PER_NODE):
             # A GPU is a device file to Slurm; a link to /dev/null is one, and needs no root.
             (self.folder / "gpus" / f"gpu{number}").symlink_to("/dev/null")

@@ -23,10 +23,20 @@ patiently() {
 export ALST_JOB_END ALST_GRACE_SECONDS
 ALST_JOB_END="$(end="$(patiently squeue --noheader --jobs="$alst_job" --format=%e)" # N/A without a limit
     case "$end" in [0-9]*) date -d "$end" +%s ;; esac)"
-ALST_GRACE_SECONDS="$(scontrol show partition "$SLURM_JOB_PARTITION" | sed -n 's/.*GraceTime=\([1-9][0-9]*\).*/\1/p')"
-if [ -z "$ALST_GRACE_SECONDS" ]; then
-    ALST_GRACE_SECONDS="$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')"
-fi
+# From the signal of a preemption on: of the QOS or of the partition, whichever preempts here; without one KillWait.
+grace_seconds() {
+    local config grace
+    config="$(scontrol show config)"
+    if grep -q '^PreemptType *= *preempt/qos' <<< "$config"; then # only the accounting tells; [days-]hours:minutes:seconds
+        grace="$(sacctmgr --noheader --parsable2 show qos "$SLURM_JOB_QOS" format=GraceTime | tail -n 1 |
+            awk -F '[-:]' 'NF > 2 { print (NF > 3 ? 86400 * $1 : 0) + 3600 * $(NF - 2) + 60 * $(NF - 1) + $NF }')"
+    else
+        grace="$(scontrol show partition "$SLURM_JOB_PARTITION" | sed -n 's/.*GraceTime=\([0-9]*\).*/\1/p')"
+    fi
+    if [ "${grace:-0}" = 0 ]; then grace="$(sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' <<< "$config")"; fi
+    echo "$grace"
+}
+ALST_GRACE_SECONDS="$(grace_seconds)"
 
 # What did not begin: srun says so itself, and no task has a part in it.
 launch_failed() {
@@ -176,6 +186,8 @@ after_tasks() {
         reason=preempted # a task that does not listen is ended by it
     fi
     if [ -z "$reason" ]; then exit "$code"; fi
+    # Where a cluster preempts with the job's own signal, a task cannot know why it came.
+    if [ "$reason" = "asked to stop by SIGUSR2" ] && preempted; then reason=preempted; fi
     # All tasks ended well, saved: the next job of the chain has waited long enough.
     if [ -n "$alst_next" ] && [ "$code" = 0 ]; then exit 0; fi
     # SIGTERM has other causes.

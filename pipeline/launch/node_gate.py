@@ -19,13 +19,15 @@ LEAST_SCRATCH_BYTES = GIB
 LEAST_INODES = 10_000
 """For compiled kernels, sockets and temporary files."""
 
+PROBE_BYTES = 4096
+
 ANSWER_SECONDS = 60
 """Of nvidia-smi; it hangs where a GPU has fallen off the bus."""
 
 
 def unfitness(plan: JobPlan) -> str | None:
     """Why this node cannot do its part; None if it can."""
-    return _memory(plan, Path("/proc/meminfo")) or _scratch(Path(tempfile.gettempdir())) or _gpus(plan)
+    return _memory(plan, Path("/proc/meminfo")) or _disks(plan) or _gpus(plan)
 
 
 def _memory(plan: JobPlan, meminfo: Path) -> str | None:
@@ -40,14 +42,28 @@ def _memory(plan: JobPlan, meminfo: Path) -> str | None:
     return f"{free / GIB:,.1f} GiB of its {total / GIB:,.1f} GiB of memory are free, {needed / GIB:,.1f} are needed"
 
 
-def _scratch(folder: Path) -> str | None:
-    """For temporary files."""
-    free = shutil.disk_usage(folder).free
-    if free < LEAST_SCRATCH_BYTES:
-        return f"{folder} has {free / GIB:.2f} GiB free, {LEAST_SCRATCH_BYTES / GIB:.0f} are needed"
-    found = os.statvfs(folder)
-    if found.f_files and found.f_favail < LEAST_INODES:  # some file systems count none
-        return f"{folder} has {found.f_favail:,} inodes free, {LEAST_INODES:,} are needed"
+def _disks(plan: JobPlan) -> str | None:
+    """For temporary files, where this process was told to put them, which Python's own choice passes over if it cannot;
+    and for what the plan keeps on the node's disk."""
+    temporary = os.environ.get("TMPDIR") or tempfile.gettempdir()
+    found = _disk(Path(temporary), LEAST_SCRATCH_BYTES)
+    spilled = load_of(plan).scratch.total
+    return found or (_disk(Path(plan.recipe.hardware.scratch or temporary), spilled) if spilled else None)
+
+
+def _disk(folder: Path, needed: int) -> str | None:
+    """Whether it takes a file, and has room for so many bytes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = os.statvfs(folder)
+        if (free := found.f_bavail * found.f_frsize) < needed:
+            return f"{folder} has {free / GIB:,.2f} GiB free, {needed / GIB:,.2f} are needed"
+        if found.f_files and found.f_favail < LEAST_INODES:  # some file systems count none
+            return f"{folder} has {found.f_favail:,} inodes free, {LEAST_INODES:,} are needed"
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # one that fails is mounted read-only
+            probe.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
     return None
 
 

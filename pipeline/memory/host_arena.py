@@ -83,7 +83,8 @@ def host_block(size: int, *, pinned: bool) -> torch.Tensor:
     block = torch.frombuffer(memory, dtype=torch.uint8)[:size]
     if pinned:
         _pin(block)
-        weakref.finalize(memory, _unpin, block.data_ptr()).atexit = False  # the end of the process unpins all
+        unpin = weakref.finalize(memory, _unpin, block.data_ptr(), torch.cuda.current_device())
+        unpin.atexit = False  # the end of the process unpins all
     return block
 
 
@@ -143,10 +144,11 @@ def _pin(block: torch.Tensor) -> None:
         )
 
 
-def _unpin(address: int) -> None:
+def _unpin(address: int, device: int) -> None:
     """Copies end first: a store may be dropped while they are on their way, and its pages are then given back."""
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(address)
+    with torch.cuda.device(device):  # whichever thread drops it: one that has no device starts CUDA on the first
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _locked_limit() -> str:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -139,14 +140,18 @@ def damage(checkpoint: Checkpoint, *, checksums: bool, share: int = 0, shares: i
     return None
 
 
-def crc32_of(path: Path) -> int:
-    """Of a file's bytes on disk: what the kernel still holds of it is dropped first, where it can be."""
+def crc32_of(path: Path, moved: Callable[[int], None] = lambda count: None) -> int:
+    """Of a file's bytes on disk: what the kernel still holds of it is dropped first, where it can be.
+
+    `moved` hears of bytes as they are read.
+    """
     checksum = 0
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := file.read(READ_BYTES):
             checksum = zlib.crc32(block, checksum)
+            moved(len(block))
     return checksum
 
 

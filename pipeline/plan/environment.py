@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 from pipeline.plan.job import JobPlan
 from pipeline.recipe.schema import Gpu
@@ -9,6 +10,9 @@ from pipeline.recipe.schema import Gpu
 EXACT_PINNED_BLOCKS = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
 """torch would give a block of 33 GiB 64. Those that keep their size must not be cached: up to 2.13 torch may hand one
 out to a larger request (pytorch/pytorch#192722)."""
+
+EXACT_PINNED_BLOCKS_SINCE = (2, 13)
+"""2.12 does not know these keys, and torch refuses to start CUDA with a key that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,25 @@ def environment(plan: JobPlan, *, cpus_per_rank: int) -> list[Variable]:
         table.append(
             Variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "cuBLAS sums in one order only with a workspace of its own")
         )
-    segments = "expandable_segments:True," if plan.recipe.memory.allocator.expandable_segments else ""
-    reason = "large page-locked blocks are not rounded up to powers of two"
-    if segments:
-        reason = f"CUDA's caching allocator must not fragment (ALST §3.4); {reason}"
-    table.append(Variable("PYTORCH_ALLOC_CONF", segments + EXACT_PINNED_BLOCKS, reason))
+    said, reasons = [], []
+    if plan.recipe.memory.allocator.expandable_segments:
+        said.append("expandable_segments:True")
+        reasons.append("CUDA's caching allocator must not fragment (ALST §3.4)")
+    if _torch_here() >= EXACT_PINNED_BLOCKS_SINCE:
+        said.append(EXACT_PINNED_BLOCKS)
+        reasons.append("large page-locked blocks are not rounded up to powers of two")
+    if said:
+        table.append(Variable("PYTORCH_ALLOC_CONF", ",".join(said), "; ".join(reasons)))
     return table
+
+
+def _torch_here() -> tuple[int, int]:
+    """Of this machine; where there is none, on a login node, that of the nodes is taken for new enough."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return EXACT_PINNED_BLOCKS_SINCE
+    return int(major), int(minor)
 
 
 _CPU_ONLY = (

@@ -7,8 +7,8 @@ from pipeline.plan.estimate import estimate
 from pipeline.plan.job import JobPlan
 
 TIMES_A_STEP = 3
-"""A step with the longest documents may take several times the mean one, and between two layers that a rank reports it
-may have to wait for all of it."""
+"""Between two layers that a rank reports it may have to wait for all of a step, and what its documents cost is known
+roughly."""
 
 LEAST_SECONDS = 600.0
 """Of a stall that is found without being told how long one is: a file server can be silent for minutes."""
@@ -35,23 +35,25 @@ class Patience:
     told: float | None
     """As the recipe says, for every step but the first."""
     foreseen_seconds: float | None
-    """Of a step with a save, by the plan."""
+    """Of a step with a save, by the plan, for the documents it is planned for."""
     looks: bool
 
-    def seconds(self, longest_seconds: float | None) -> float:
-        """When the longest step so far, with its save, took that long; None before the first one."""
+    def seconds(self, longest_seconds: float | None, *, cost: float = 1.0) -> float:
+        """When this step, with a save, may take that long by those before it; None for the first one. By its documents
+        it is to cost `cost` times the step that the plan foresees."""
         if self.told is not None:
             return self.told * (FIRST_STEP_FACTOR if longest_seconds is None else 1)
+        costlier = max(1.0, cost)
         if longest_seconds is None:
             foreseen = UNKNOWN_SECONDS if self.foreseen_seconds is None else self.foreseen_seconds
-            return max(LEAST_SECONDS, TIMES_A_STEP * foreseen) * FIRST_STEP_FACTOR
-        return max(LEAST_SECONDS, TIMES_A_STEP * max(longest_seconds, self.foreseen_seconds or 0.0))
+            return max(LEAST_SECONDS, TIMES_A_STEP * foreseen * costlier) * FIRST_STEP_FACTOR
+        return max(LEAST_SECONDS, TIMES_A_STEP * max(longest_seconds, (self.foreseen_seconds or 0.0) * costlier))
 
-    def collective_seconds(self, longest_seconds: float | None) -> float:
-        """After which a collective gives up."""
+    def collective_seconds(self, longest_seconds: float | None, *, cost: float = 1.0) -> float:
+        """After which a collective of this step gives up."""
         if not self.looks:
             return WITHOUT_LIMIT_SECONDS
-        return COLLECTIVE_FACTOR * self.seconds(longest_seconds) + LEAVING_SECONDS
+        return COLLECTIVE_FACTOR * self.seconds(longest_seconds, cost=cost) + LEAVING_SECONDS
 
 
 def patience_of(plan: JobPlan, *, packed: Path | None = None) -> Patience:

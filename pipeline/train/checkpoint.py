@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from pipeline.data.loader import Cursor
 from pipeline.errors import RunError
 from pipeline.files import sync, write_json
+from pipeline.metrics.console import size
 from pipeline.plan import checkpoint_dir
 from pipeline.plan.checkpoint_dir import DEEPSPEED_NAME, CheckpointRecord, SavedFile
 from pipeline.plan.run_dir import RunDir
@@ -27,6 +29,7 @@ from pipeline.train.step import Trainee
 
 PARTS_NAME = "written"  # a record per rank, while a checkpoint is being written
 POLL_SECONDS = 0.1
+AGREE_SECONDS = 0.5  # between two questions whether all ranks have done their part
 ROOM_MARGIN = 1.05  # file headers, and whatever else lands on the disk meanwhile
 PROBE_BYTES = 2**20
 
@@ -58,9 +61,12 @@ class _Save:
     """Its name once it is whole."""
     began: float
     part: PartWriter
-    stall_seconds: float = 0.0
+    stall_seconds: float | None = None
+    """For which training waited; None while it waits."""
     written: threading.Event = field(default_factory=threading.Event)
     """This rank's part is done, well or not."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    """So is all that this rank does for the checkpoint: rank 0 has named it, or given it up."""
     abandoned: threading.Event = field(default_factory=threading.Event)
     """Some rank's part is not on disk, as `error` says: stop waiting for it."""
     error: str | None = None
@@ -73,8 +79,10 @@ class NotSavedError(RunError):
 class Checkpointer:
     """Saves checkpoints of one job, one at a time. All methods but `news` are collective."""
 
-    def __init__(self, trainee: Trainee, run_dir: RunDir, *, commit: str) -> None:
+    def __init__(self, trainee: Trainee, run_dir: RunDir, *, commit: str, beat: Callable[[str], None]) -> None:
+        """`beat` is the rank's sign of life, with what it does: while it waits for a save that gets on."""
         self._trainee = trainee
+        self._beat = beat
         self._run_dir = run_dir
         self._commit = commit
         self._folder = run_dir.checkpoints
@@ -142,11 +150,12 @@ class Checkpointer:
             asynchronous=recipe is not None and recipe.asynchronous,
             ranks_per_node=self._trainee.plan.recipe.hardware.gpus_per_node,
         )
-        self._save = _Save(self._record(cursor), folder, target, began, part)
-        self._save.stall_seconds = time.monotonic() - began
+        save = self._save = _Save(self._record(cursor), folder, target, began, part)
         self._saved_step = cursor.step
-        part.start(then=partial(self._after_part, self._save))
-        return self._save.stall_seconds
+        part.start(then=partial(self._after_part, save))
+        self._wait(save, lambda seconds: part.is_copied or save.written.wait(seconds))
+        save.stall_seconds = time.monotonic() - began
+        return save.stall_seconds
 
     def finish(self) -> None:
         """Wait for what is being written. Raises NotSavedError, on every rank, if it did not get to disk."""
@@ -167,14 +176,31 @@ class Checkpointer:
         save, self._save = self._save, None
         if save is None:
             return
-        save.written.wait()
+        self._wait(save, save.written.wait)
         save.error = self._agree(save.part.error)
         if save.error is not None:
             save.abandoned.set()
+        self._wait(save, save.ended.wait)
         save.part.join()
         self._failure = self._agree(save.part.error)
         if self._failure is not None:
             self._saved_step = None
+
+    def _wait(self, save: _Save, done: Callable[[float], bool]) -> None:
+        """Until every rank is `done`, which waits so many seconds. Collective, again and again: a rank that waited for
+        another's disk inside of one collective would give up, however well that disk gets on.
+
+        It is a sign of life when bytes have moved on any rank, and none when a disk has stopped to answer.
+        """
+        seen = -1
+        while True:
+            found: list[tuple[bool, int]] = [(False, 0)] * dist.get_world_size()
+            dist.all_gather_object(found, (done(AGREE_SECONDS), save.part.moved_bytes))
+            if (moved := sum(count for _, count in found)) != seen:
+                self._beat(f"save, {size(moved)} written or read back by all ranks")
+            seen = moved
+            if all(is_done for is_done, _ in found):
+                return
 
     def _agree(self, error: str | None) -> str | None:
         """The first rank's error that has one, on all of them."""
@@ -189,8 +215,11 @@ class Checkpointer:
         except OSError as error:
             save.part.error = save.part.error or str(error)
         save.written.set()
-        if self._rank == 0:
-            self._complete(save)
+        try:
+            if self._rank == 0:
+                self._complete(save)
+        finally:
+            save.ended.set()
 
     def _complete(self, save: _Save) -> None:
         """On rank 0: wait for every rank's part, then give the checkpoint its name."""
@@ -202,12 +231,12 @@ class Checkpointer:
             shutil.rmtree(save.folder, ignore_errors=True)
             self._news.append(f"checkpoint of step {save.record.step} was given up: {error}; training goes on")
             return
-        size = sum(file.size_bytes for file in files)
-        self._size_bytes = size
+        self._size_bytes = sum(file.size_bytes for file in files)
         self._prune()
         seconds = time.monotonic() - save.began
         self._longest_seconds = max(self._longest_seconds, seconds)
-        self._news.append(Saved(str(save.target), save.record.step, size, save.stall_seconds, seconds, digest))
+        stall_seconds = seconds if save.stall_seconds is None else save.stall_seconds
+        self._news.append(Saved(str(save.target), save.record.step, self._size_bytes, stall_seconds, seconds, digest))
 
     def _wait_for_parts(self, save: _Save) -> list[SavedFile]:
         files: list[SavedFile] = []

@@ -23,6 +23,12 @@ from pipeline.plan.checkpoint_dir import SavedFile, crc32_of
 COPY_MARGIN = 1.5
 """A copy is made if this many times its size is free in host memory: loader, offload and allocator live there too."""
 
+WRITE_BYTES = 64 * 2**20
+"""At a time, so that a writer can tell that it gets on."""
+
+FLUSH_BYTES = 2**30
+"""Bytes that the kernel may hold back: of more, one flush could take longer than a stall."""
+
 
 class CopyingEngine(CheckpointEngine):
     """DeepSpeed's checkpoint engine that only takes states in; `take` hands them out for writing."""
@@ -55,7 +61,7 @@ class CopyingEngine(CheckpointEngine):
 
 
 class PartWriter:
-    """Writes this rank's files of one checkpoint, in a thread if their tensors could be copied aside."""
+    """Writes this rank's files of one checkpoint, in a thread."""
 
     def __init__(
         self, states: list[tuple[Path, Any]], *, folder: Path, asynchronous: bool, ranks_per_node: int
@@ -64,17 +70,21 @@ class PartWriter:
         self.files: tuple[SavedFile, ...] = ()
         self.error: str | None = None
         """Why this part is not on disk; None if it is."""
+        self.moved_bytes = 0
+        """Written or read back so far."""
         self._thread: threading.Thread | None = None
-        if asynchronous and _room_for_copy(states, ranks_per_node):
-            self._states = [(path, host_copy(state)) for path, state in states]
-        else:
-            self._states = states
-            self._write()
+        self.is_copied = asynchronous and _room_for_copy(states, ranks_per_node)
+        """The tensors are copied aside, so that training may change its own before they are written."""
+        self._states = [(path, host_copy(state)) for path, state in states] if self.is_copied else states
 
     def start(self, *, then: Callable[[], None]) -> None:
-        """Write what is not written yet, then call `then`; both in a thread."""
+        """Write everything, then call `then`; both in a thread."""
+
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def run() -> None:
+            if device is not None:
+                torch.cuda.set_device(device)  # of tensors that were not copied aside
             try:
                 self._write()
             finally:
@@ -88,25 +98,30 @@ class PartWriter:
             self._thread.join()
 
     def _write(self) -> None:
-        """Everything that is still to be written. A failure is kept, not raised: training goes on without this save."""
+        """A failure is kept, not raised: training goes on without this save."""
         states, self._states = self._states, []
         try:
-            self.files += tuple(write_state(state, path, folder=self._folder) for path, state in states)
+            self.files = tuple(
+                write_state(state, path, folder=self._folder, moved=self._moved) for path, state in states
+            )
         except Exception as error:  # whatever it is: in a thread nobody else would hear of it, and all would wait
             self.error = (str(error).splitlines() or [repr(error)])[0]
 
+    def _moved(self, count: int) -> None:
+        self.moved_bytes += count
 
-def write_state(state: Any, path: Path, *, folder: Path) -> SavedFile:
-    """torch.save to a file inside `folder`, flushed to the disk and read back.
+
+def write_state(state: Any, path: Path, *, folder: Path, moved: Callable[[int], None]) -> SavedFile:
+    """torch.save to a file inside `folder`, flushed to the disk and read back; `moved` hears of bytes as they go.
 
     Raises OSError or RuntimeError if it cannot be written, RunError if the disk gives back something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb", buffering=0) as file:
-        counted = _Checksummed(file)
+        counted = _Checksummed(file, moved)
         torch.save(state, cast(IO[bytes], counted))
     sync(path)
-    if path.stat().st_size != counted.size_bytes or crc32_of(path) != counted.crc32:
+    if path.stat().st_size != counted.size_bytes or crc32_of(path, moved) != counted.crc32:
         raise RunError(f"{path} does not hold what was written to it; the disk is failing")
     return SavedFile(str(path.relative_to(folder)), counted.size_bytes, counted.crc32)
 
@@ -114,22 +129,33 @@ def write_state(state: Any, path: Path, *, folder: Path) -> SavedFile:
 class _Checksummed:
     """A file for torch.save to write to, that keeps size and checksum of what came."""
 
-    def __init__(self, file: io.FileIO) -> None:
+    def __init__(self, file: io.FileIO, moved: Callable[[int], None]) -> None:
         self._file = file
+        self._moved = moved
+        self._held_back = 0
         self.size_bytes = 0
         self.crc32 = 0
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
+        for start in range(0, len(view), WRITE_BYTES):
+            self._write(view[start : start + WRITE_BYTES])
+        return len(view)
+
+    def _write(self, view: memoryview) -> None:
         self.crc32 = zlib.crc32(view, self.crc32)
         written = 0
-        while written < len(view):  # the kernel takes 2 GiB a call at most
+        while written < len(view):
             written += self._file.write(view[written:]) or 0
         self.size_bytes += written
-        return written
+        self._held_back += written
+        if self._held_back >= FLUSH_BYTES:
+            self.flush()
+        self._moved(written)
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())
+        self._held_back = 0
 
 
 def _room_for_copy(states: list[tuple[Path, Any]], ranks_per_node: int) -> bool:

@@ -36,16 +36,23 @@ def measure(device: torch.device) -> Fabric:
     return Fabric(size, statistics.median(seconds[WARM_UP:]))
 
 
-def check_rate(device: torch.device, least_bytes_per_second: float) -> None:
-    """Collective over all ranks. Raises RunError, on every rank, if the bus bandwidth of one is less than that."""
+def check_fabric(device: torch.device, *, least_bytes_per_second: float | None) -> float | None:
+    """The bus bandwidth of the slowest rank, in bytes per second; None where there is one rank alone. Collective.
+
+    Raises RunError, on every rank, if a sum is wrong, or if the bandwidth is less than asked for.
+    """
+    if dist.get_world_size() == 1:
+        return None
     slowest = torch.tensor([measure(device).bus_bytes_per_second], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-    if float(slowest) < least_bytes_per_second:
+    found = float(slowest)
+    if least_bytes_per_second is not None and found < least_bytes_per_second:
         raise RunError(
-            f"the bus bandwidth of an all-reduce is {float(slowest) / 1e9:.2f} GB/s, and "
+            f"the bus bandwidth of an all-reduce is {found / 1e9:.2f} GB/s, and "
             f"train.least_bus_gigabytes_per_second = {least_bytes_per_second / 1e9:g}: try pairs of the nodes with "
             "`alst cluster check`, exclude the slow one, then `alst resume`"
         )
+    return found
 
 
 def _all_reduce_seconds(device: torch.device, size: int) -> float:

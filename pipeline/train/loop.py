@@ -52,6 +52,11 @@ class Watch:
     heartbeat: Heartbeat
     patience: Patience
 
+    def limit_collectives(self) -> None:
+        """For the step that begins."""
+        seconds = self.patience.collective_seconds(self.stopping.longest_seconds, cost=self.stopping.cost)
+        limit_collectives(timedelta(seconds=seconds))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -82,6 +87,7 @@ def train(
     iterator = iter(loader)
     ended_by = _stop(watch.stopping.at_start(trainee.device))
     while not ended_by:
+        watch.limit_collectives()
         watch.heartbeat.beat("data")
         with timer.phase("data"):
             batch = next(iterator, None)
@@ -115,7 +121,6 @@ def train(
         if result.request >= Request.SAVE:
             watch.stopping.saved()
         _tell(checkpointer, reporting)
-        limit_collectives(timedelta(seconds=watch.patience.collective_seconds(watch.stopping.longest_seconds)))
     watch.heartbeat.beat("last save")
     try:
         checkpointer.finish()

@@ -46,14 +46,15 @@ from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
 from pipeline.train.evaluate import HeldOut, open_held_out
-from pipeline.train.fabric import check_rate
+from pipeline.train.fabric import check_fabric
 from pipeline.train.guard import Guard, NotFiniteError
 from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.loop import Outcome, Reporting, Watch, train
 from pipeline.train.resume import Resume, find_resume, load
 from pipeline.train.self_check import self_check
 from pipeline.train.step import Trainee
-from pipeline.train.stopping import Stopping
+from pipeline.train.step_costs import step_costs
+from pipeline.train.stopping import RECENT_STEPS, Stopping
 from pipeline.train.watchdog import Watchdog
 
 
@@ -76,8 +77,7 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     init_distributed(plan, timeout=timeout)
     _check_same_kernel(attention)
     mesh = create_mesh(plan.sp, timeout=timeout)
-    if queue.least_bus_bytes_per_second is not None:
-        check_rate(device, queue.least_bus_bytes_per_second)
+    rate = check_fabric(device, least_bytes_per_second=queue.least_bus_bytes_per_second)
     resume = find_resume(plan, run_dir, mesh)
     register()
     model = build_model(
@@ -88,18 +88,18 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     limit_collectives(timeout)  # of the engine's groups too
     trainee = Trainee(engine, plan, mesh, attention.kernel, device)
     loader = _loader(plan, mesh, dataset, start=Cursor() if resume is None else resume.cursor)
-    _tell_start(trainee, attention, dataset, loader, held_out)
+    _tell_start(trainee, attention, rate, dataset, loader, held_out)
     _check(trainee, dataset, loader)
     if resume is not None:
         load(resume, engine, run_dir, mesh)
         _say(mesh, _resumed(resume, plan))
-    checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir))
+    heartbeat = Heartbeat()
+    heartbeat.attach(engine.module)
+    checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir), beat=heartbeat.beat)
     guard = Guard(trainee, dataset, run_dir, lambda step: checkpointer.save_aside(loader.cursor(step - 1)))
     before = _steps_before(run_dir.metrics, loader.start)
     alike = before if resume is not None and not resume.universal else []  # other ranks took another time
-    stopping = _stopping(queue, plan, run_dir, checkpointer, alike, rank=mesh.rank)
-    heartbeat = Heartbeat()
-    heartbeat.attach(engine.module)
+    stopping = _stopping(queue, trainee, run_dir, checkpointer, loader, alike)
     spikes = SpikeDetector([row["loss"] for row in before if row["loss"] is not None])
     watch = Watch(guard, spikes, held_out, stopping, heartbeat, patience)
     tracker = _tracker(plan, run_dir, mesh, dataset, resume)
@@ -152,7 +152,12 @@ def _train(
 
 
 def _tell_start(
-    trainee: Trainee, attention: Choice, dataset: PackedDataset, loader: PackedLoader, held_out: HeldOut | None
+    trainee: Trainee,
+    attention: Choice,
+    rate: float | None,
+    dataset: PackedDataset,
+    loader: PackedLoader,
+    held_out: HeldOut | None,
 ) -> None:
     """What will run, as far as it is known before the first step."""
     mesh = trainee.mesh
@@ -160,6 +165,8 @@ def _tell_start(
         _say(mesh, f"attention: passed over {reason}")
     _say(mesh, f"attention: {attention.kernel.name} ({attention.detail})")
     _say(mesh, f"mesh: dp={mesh.dp} x sp={mesh.sp}, {trainee.plan.local_seq_len:,} tokens per rank")
+    if rate is not None:
+        _say(mesh, f"fabric: an all-reduce over all ranks reaches {rate / 1e9:.2f} GB/s of bus bandwidth")
     _say(mesh, _first_sample(dataset, loader))
     if held_out is not None:
         _say(mesh, f"held out: {len(held_out.samples):,} samples with {held_out.valid_tokens:,} labels")
@@ -346,16 +353,26 @@ def _steps_before(metrics: Path, start: Cursor) -> list[dict[str, Any]]:
 
 
 def _stopping(
-    queue: Queue, plan: JobPlan, run_dir: RunDir, checkpointer: Checkpointer, before: list[dict[str, Any]], *, rank: int
+    queue: Queue,
+    trainee: Trainee,
+    run_dir: RunDir,
+    checkpointer: Checkpointer,
+    loader: PackedLoader,
+    before: list[dict[str, Any]],
 ) -> Stopping:
+    plan = trainee.plan
     foreseen = estimate(plan).checkpoint_seconds or 0.0
+    # At another number of ranks, long ago, the places of samples were others.
+    known = [row for row in before[1:] if loader.cursor(row["step"] - 1).position >= 0]
     return Stopping(
         queue,
         run_dir,
         saves=plan.recipe.checkpoint is not None,
         save_seconds=lambda: checkpointer.longest_seconds or foreseen,
-        step_seconds=[row["step_seconds"] for row in before[1:]],
-        rank=rank,
+        step_seconds=[(row["step"], row["step_seconds"]) for row in known[-RECENT_STEPS:]],
+        done=loader.start.step,
+        cost=step_costs(plan, loader),
+        rank=trainee.mesh.rank,
     )
 
 

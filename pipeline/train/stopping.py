@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,15 @@ LEAVE_SECONDS = 10.0
 """Before it is killed a process leaves by itself, so that the batch script has time to put the job into the queue."""
 
 MARGIN = 4 / 3
-"""On the longest of the recent steps with a save: the next one may be longer."""
+"""On what the next step is foreseen to take, with a save."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One that has ended."""
+
+    seconds: float
+    cost: float
 
 
 class Stopping:
@@ -30,21 +39,28 @@ class Stopping:
         *,
         saves: bool,
         save_seconds: Callable[[], float],
-        step_seconds: Sequence[float] = (),
+        step_seconds: Sequence[tuple[int, float]] = (),
+        done: int = 0,
+        cost: Callable[[int], float] = lambda step: 1.0,
         rank: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`save_seconds` tells what a save takes, `step_seconds` what steps took before this start; without
+        """`save_seconds` tells what a save takes, `step_seconds` what steps, by number, took before this start, which
+        goes on after `done` of them, and `cost` what a step costs beside others, by its documents; without
         checkpoints, `saves`, no end is worth more than another."""
         self._queue = queue
         self._run_dir = run_dir
         self._saves = saves
         self._save_seconds = save_seconds
-        self._recent = deque(step_seconds, maxlen=RECENT_STEPS)
+        self._recent = deque([_Step(seconds, cost(step)) for step, seconds in step_seconds], maxlen=RECENT_STEPS)
         self._rank = rank
         self._clock = clock
+        self._done = done
+        self._cost = cost
         self._steps = 0
-        self._first = 0.0
+        self._first: _Step | None = None
+        self.cost = cost(done + 1)
+        """Of the step under way, or of the next one between two steps."""
         self._began: float | None = None
         """The step under way, with whatever followed the one before."""
         self._is_under_way = False
@@ -52,13 +68,16 @@ class Stopping:
 
     @property
     def needed_seconds(self) -> float | None:
-        """Of one more step and a save; None before there was a step."""
-        return MARGIN * (self._longest + self._save_seconds()) if self._longest else None
+        """Of the next step and a save; None before there was a step."""
+        return MARGIN * (self._foreseen + self._save_seconds()) if self._foreseen else None
 
     @property
-    def _longest(self) -> float:
-        """Of the recent steps; the first of a start, which also compiles, only where there is no other."""
-        return max(self._recent, default=self._first)
+    def _foreseen(self) -> float:
+        """Seconds of the step under way, or of the next one: the longest of the recent steps, each made longer by as
+        much as this one's documents cost more. The first of a start, which also compiles, only where there is no other.
+        """
+        known = self._recent or ([self._first] if self._first else [])
+        return max((step.seconds * max(1.0, self.cost / step.cost) for step in tuple(known)), default=0.0)
 
     def at_start(self, device: torch.device) -> Request:
         """Before the first step, agreed. Raises UserError, on every rank, if no step can end before the job does.
@@ -87,12 +106,13 @@ class Stopping:
         """What this rank asks for, once at the end of each step."""
         now = self._clock()
         if self._began is not None and self._steps == 0:
-            self._first = now - self._began
+            self._first = _Step(now - self._began, self.cost)
         elif self._began is not None:
-            self._recent.append(now - self._began)
+            self._recent.append(_Step(now - self._began, self.cost))
         self._began = now
         self._is_under_way = False
         self._steps += 1
+        self.cost = self._cost(self._done + self._steps + 1)
         return max(self._asked(), Request.REQUEUE if self._is_short() else Request.NOTHING)
 
     def saved(self) -> None:
@@ -111,13 +131,14 @@ class Stopping:
             return True
         if not self._is_under_way or not self._queue.terminated():
             return False
-        remaining = self._longest - (self._clock() - self._began)
+        remaining = self._foreseen - (self._clock() - self._began)
         return left < remaining + self._save_seconds()
 
     @property
     def longest_seconds(self) -> float | None:
-        """Of a recent step with a save; None before the first of this start, which is longer than others."""
-        return self._longest + self._save_seconds() if self.got_on else None
+        """That the step under way may take with a save, by recent ones; None for the first of this start, which is
+        longer than others."""
+        return self._foreseen + self._save_seconds() if self.got_on else None
 
     @property
     def got_on(self) -> bool:

@@ -116,7 +116,7 @@ class Watchdog:
         self._queue.leave(f"the step under way could not end before the job does, and is lost{more}", again)
 
     def _look_for_a_stall(self) -> None:
-        allowed = self._patience.seconds(self._stopping.longest_seconds)
+        allowed = self._patience.seconds(self._stopping.longest_seconds, cost=self._stopping.cost)
         if time.monotonic() - self._wrote >= _write_seconds(allowed):
             self._write()
         if self._silent_seconds() <= allowed:

@@ -17,7 +17,7 @@ import yaml
 from containers import apptainer as containers_apptainer
 from pipeline.plan.cluster import CLUSTERS
 from slurm.local_cluster import LocalCluster, free_ports, missing_programs
-from tests.cluster.drills import write_table
+from tests.cluster.drills import BARE, IN_IMAGE, Place, write_table
 from tests.cluster.user import ROOT, WAIT_SECONDS, User
 
 BUILD_SECONDS = 1800  # five minutes on two free cores
@@ -117,6 +117,43 @@ def profile(tmp_path):
         return str(path)
 
     return profile
+
+
+@pytest.fixture
+def scratch(tmp_path) -> Path:
+    """A folder of each node's own, as far as nodes on one machine have one."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def in_image(profile, image, scratch):
+    """The profile `throw-away` whose jobs run in the image, or in another."""
+
+    def in_image(path: Path = image, **changes) -> str:
+        return profile(container={"image": str(path)}, scratch=str(scratch), **changes)
+
+    return in_image
+
+
+@pytest.fixture
+def on_path(user, apptainer) -> dict[str, str]:
+    """Variables of someone who has Apptainer."""
+    return {"PATH": f"{apptainer}:{user.cluster.environment['PATH']}"}
+
+
+@pytest.fixture
+def bare(user, profile) -> Place:
+    return Place(BARE, user, profile)
+
+
+@pytest.fixture(params=[BARE, pytest.param(IN_IMAGE, marks=pytest.mark.full)])
+def place(request, user, bare) -> Place:
+    """A drill is done in each. What is trained in the image has the losses of what is trained without."""
+    if request.param == BARE:
+        return bare
+    return Place(IN_IMAGE, user, request.getfixturevalue("in_image"), variables=request.getfixturevalue("on_path"))
 
 
 @pytest.fixture(scope="session")

@@ -28,29 +28,6 @@ json.dump(seen, open("seen.json", "w"))
 pytestmark = pytest.mark.timeout(6 * WAIT_SECONDS)
 
 
-@pytest.fixture
-def scratch(tmp_path) -> Path:
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def in_image(profile, image, scratch):
-    """The profile `throw-away` whose jobs run in the image, or in another."""
-
-    def in_image(path: Path = image, **changes) -> str:
-        return profile(container={"image": str(path)}, scratch=str(scratch), **changes)
-
-    return in_image
-
-
-@pytest.fixture
-def on_path(user, apptainer) -> dict[str, str]:
-    """Variables of someone who has Apptainer."""
-    return {"PATH": f"{apptainer}:{user.cluster.environment['PATH']}"}
-
-
 def test_an_image_tells_what_it_is_and_not_where_it_was_made(image, apptainer):
     labels = inspect(image, apptainer, "labels")
     assert {"alst.commit", "alst.lock", "alst.python", "alst.submitit", "alst.attention"} <= labels.keys()

@@ -1,11 +1,10 @@
 """Drills on the real cluster: a run is disturbed, goes on, and ends with the very losses of one left in peace."""
 
-import json
 import os
 import re
+import shlex
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -14,50 +13,34 @@ import pytest
 from pipeline.launch.slurm import seconds_of
 from slurm.local_cluster import free_ports, search_path
 from tests.cluster.conftest import mlflow_server
-from tests.cluster.drills import Disturbed, both, frozen, log_of, rank, train_job
+from tests.cluster.drills import STEPS, Disturbed, both, frozen, log_of, rank, train_job
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 from tests.disks import small_disk_at
-
-TWO_RANKS = "hardware.gpus_per_node=1"
-NODES = ("--nodes", "2")
-STEPS = 3
-"""After which a run is disturbed."""
 
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)
 
 
 @pytest.fixture
-def run(user, two_ranks) -> Path:
+def run(place, two_ranks) -> Path:
     """Of two ranks on two nodes, some steps of it done; saved after every second one."""
-    return begun(user, "checkpoint.every_steps=2")
+    return place.begun("checkpoint.every_steps=2")
 
 
-def begun(user, *overrides: str, cluster: str = "throw-away") -> Path:
-    run = user.submit(*NODES, TWO_RANKS, *overrides, cluster=cluster)
-    user.wait(lambda: len(losses(run)) >= STEPS, run)
-    return run
-
-
-def ends_well(user, run: Path) -> None:
-    user.wait_for_end(run)
-    assert user.state(train_job(run)) == "COMPLETED", told(run)
-
-
-def test_a_rank_that_stands_still_is_named_and_the_job_goes_on(user, two_ranks):
-    run = begun(user, "train.stall_seconds=60")
+def test_a_rank_that_stands_still_is_named_and_the_job_goes_on(user, place, two_ranks):
+    run = place.begun("train.stall_seconds=60")
     stopped, disturbed = rank(user, 1), Disturbed(run)
     os.kill(stopped, signal.SIGSTOP)
-    ends_well(user, run)
-    status = user.alst("status", run.name)
+    place.ends_well(run)
+    status = place.alst("status", run.name)
     assert "restarted 1 x, last because: stalled: no rank got on for" in status
-    assert re.search(rf"; rank 1 \(process {stopped} on \S+\) stands at step \d, [a-z0-9 ]+; stacks are in ", status)
+    assert re.search(rf"; rank 1 \(process {stopped} on \S+\) stands at step \d, [^;]+; stacks are in ", status)
     (stacks,) = (run / "stalls").iterdir()
     assert "loop.py" in (stacks / "rank0.txt").read_text(), "what it waited in"
     assert "State:\tT (stopped)" in (stacks / "rank1.txt").read_text()
-    disturbed.ended("a rank stopped (SIGSTOP)", by="the watchdog", user=user, peaceful=two_ranks)
+    disturbed.ended("a rank stopped (SIGSTOP)", by="the watchdog", place=place, peaceful=two_ranks)
 
 
-def test_a_preempted_job_saves_leaves_and_comes_back(user, run, two_ranks):
+def test_a_preempted_job_saves_leaves_and_comes_back(user, place, run, two_ranks):
     ranks = both(user)
     with frozen(ranks):
         disturbed = Disturbed(run)
@@ -66,80 +49,83 @@ def test_a_preempted_job_saves_leaves_and_comes_back(user, run, two_ranks):
             "--wrap=srun true",
         ).strip()  # fmt: skip
         user.wait(lambda: "PreemptTime=2" in user.cluster.ask("scontrol", "show", "job", train_job(run)), run)
-    ends_well(user, run)
+    place.ends_well(run)
     assert user.state(urgent) == "COMPLETED"
     assert "asked to stop by SIGTERM" in log_of(run, start=0)
     assert "resumed from step-00000" in log_of(run, start=-1)
-    disturbed.ended("preempted by a higher partition", by="Slurm and the batch script", user=user, peaceful=two_ranks)
+    disturbed.ended("preempted by a higher partition", by="Slurm and the batch script", place=place, peaceful=two_ranks)
 
 
-def test_a_rank_that_is_killed_in_a_step_is_named_and_the_run_resumed(user, run, two_ranks, tmp_path):
+def test_a_rank_that_is_killed_in_a_step_is_named_and_the_run_resumed(user, place, run, two_ranks, tmp_path):
     ranks = both(user)
     with frozen(ranks):
         disturbed = Disturbed(run)
         os.kill(ranks[1], signal.SIGKILL)
     user.wait_for_end(run)
-    status = user.alst("status", run.name)
+    status = place.alst("status", run.name)
     assert "task 1: Killed" in status.splitlines()[0], status + told(run)
     assert f"train  job {train_job(run)}: FAILED" in status
     assert "RUNNING" not in status
     (tmp_path / "squeue").symlink_to(shutil.which("squeue", path=search_path()))
-    status = user.alst("status", run.name, PATH=str(tmp_path))
+    status = place.alst("status", run.name, PATH=str(tmp_path))
     assert "UNKNOWN (it has left the queue, and sacct is not on the PATH: install it; see logs/ and slurm/)" in status
-    user.alst("resume", run.name)
-    ends_well(user, run)
-    disturbed.ended("kill -9 of a rank in a step", by="`alst resume`", user=user, peaceful=two_ranks)
+    place.alst("resume", run.name)
+    place.ends_well(run)
+    disturbed.ended("kill -9 of a rank in a step", by="`alst resume`", place=place, peaceful=two_ranks)
 
 
-def test_tasks_that_could_not_be_launched_are_launched_again(user, tmp_path, profile):
-    """A node's slurmd is gone when srun wants to start the tasks of packing, and back soon after."""
-    gate, there = tmp_path / "gate", tmp_path / "there"
-    wait = f"touch {there}; until [ -e {gate} ]; do sleep 0.1; done"
-    run = user.submit(*NODES, TWO_RANKS, "data.seed=7", cluster=profile(pack={"tasks": 1}, setup=[wait]))
-    user.wait(there.exists, run)
-    node = user.cluster.ask("squeue", "-h", "-j", jobs(run)["pack"], "-o", "%N").strip()
-    with user.cluster.without(node):
-        gate.touch()
-        user.wait((run / "slurm" / "requeues").exists, run)
-    user.wait(lambda: user.state(jobs(run)["pack"]) == "COMPLETED", run)
-    assert "its tasks could not be launched" in (run / "slurm" / "requeues").read_text()
-    user.alst("cancel", run.name)
+def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, place, two_ranks):
+    run = place.begun()
+    assert list(jobs(run)) == ["train"], "the packed data is there already"
+    with frozen(both(user)):
+        disturbed = Disturbed(run)
+        status = user.alst("status", run.name)
+        assert re.search(r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", status)
+        follower = user.start("logs", run.name, "--rank", "0", "--follow")
+        user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
     user.wait_for_end(run)
+    assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
+    followed, _ = follower.communicate(timeout=WAIT_SECONDS)
+    assert follower.returncode == 0
+    assert "step 1/8" in followed and "resumed from step-00000" in followed and "step 8/8" in followed
+    log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
+    assert "resumed from step-00000" in log.read_text()
+    disturbed.ended("`scontrol requeue`", by="Slurm", place=place, peaceful=two_ranks)
 
 
 # Those that take longer
 
 
 @pytest.mark.full
-def test_a_job_that_comes_to_its_time_limit_saves_before_it_and_goes_on(user, two_ranks, profile):
-    run = begun(user, "checkpoint.every_steps=2", cluster=profile(train={"time": "00:05:00"}))
+def test_a_job_that_comes_to_its_time_limit_saves_before_it_and_goes_on(user, two_ranks, place):
+    run = place.begun("checkpoint.every_steps=2", train={"time": "00:05:00"})
     left = ["squeue", "-h", "-j", train_job(run), "-o", "%L"]
     with frozen(both(user)):
         disturbed = Disturbed(run)
         user.wait(lambda: (seconds_of(user.cluster.ask(*left).strip()) or 0) <= 25, run)
-    ends_well(user, run)
+    place.ends_well(run)
     assert set(re.findall(r"job \d+: (.*)", (run / "slurm" / "requeues").read_text())) <= {
         "asked to stop by SIGUSR2", "the next step could not have ended before the job",
         "the step under way could not end before the job does, and is lost",
     }  # fmt: skip
-    disturbed.ended("the time limit", by="the batch script", user=user, peaceful=two_ranks)
+    disturbed.ended("the time limit", by="the batch script", place=place, peaceful=two_ranks)
 
 
 @pytest.mark.full
-def test_a_node_that_fails_is_not_used_again(user, run, two_ranks):
+def test_a_node_that_fails_is_not_used_again(user, place, run, two_ranks):
     nodes = user.cluster.ask("squeue", "-h", "-j", train_job(run), "-o", "%N").strip()
     _, node = user.cluster.ask("scontrol", "show", "hostnames", nodes).split()
     with frozen(both(user)):
         disturbed = Disturbed(run)
         user.cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=drill")
     try:
-        ends_well(user, run)
+        place.ends_well(run)
     finally:
         user.cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
     assert (run / "slurm" / "excluded").read_text().startswith(f"{node} ")
     assert "resumed from step-00000" in log_of(run, start=-1)
-    disturbed.ended("a node fails", by="Slurm", user=user, peaceful=two_ranks)
-    user.alst("resume", run.name, "train.steps=9")
+    disturbed.ended("a node fails", by="Slurm", place=place, peaceful=two_ranks)
+    place.alst("resume", run.name, "train.steps=9")
     assert f"#SBATCH --exclude={node}\n" in (run / "slurm" / "train.sbatch").read_text()
     user.wait_for_end(run)
 
@@ -159,40 +145,40 @@ def killed_in_a_save(run: Path, ranks: list[int]) -> tuple[Disturbed, Path]:
 
 
 @pytest.mark.full
-def test_a_rank_that_is_killed_in_a_save_costs_that_save(user, two_ranks):
-    run = begun(user, "checkpoint.every_steps=1")
+def test_a_rank_that_is_killed_in_a_save_costs_that_save(user, place, two_ranks):
+    run = place.begun("checkpoint.every_steps=1")
     disturbed, writing = killed_in_a_save(run, both(user))
     user.wait_for_end(run)
     assert user.state(train_job(run)) == "FAILED"
     assert writing.exists(), "killed while it saved"
-    user.alst("resume", run.name)
-    ends_well(user, run)
+    place.alst("resume", run.name)
+    place.ends_well(run)
     assert not writing.exists()
-    disturbed.ended("kill -9 of a rank in a save", by="`alst resume`", user=user, peaceful=two_ranks)
+    disturbed.ended("kill -9 of a rank in a save", by="`alst resume`", place=place, peaceful=two_ranks)
 
 
 @pytest.mark.full
-def test_a_task_of_packing_that_is_killed_is_done_again_alone(user, two_ranks, profile):
-    run = user.submit(*NODES, TWO_RANKS, "data.seed=8", cluster=profile(pack={"tasks": 1}))
+def test_a_task_of_packing_that_is_killed_is_done_again_alone(user, two_ranks, place):
+    run = place.submit("data.seed=8", pack={"tasks": 1})
     log = run / "logs" / f"pack-{jobs(run)['pack']}" / "0" / "rank0.log"
     user.wait(log.exists, run)
     task, disturbed = rank(user, 0), Disturbed(run)
     os.kill(task, signal.SIGKILL)
     user.wait_for_end(run)
     assert "FAILED" in user.state(jobs(run)["pack"])
-    assert "Killed" in user.alst("status", run.name)
-    user.alst("resume", run.name)
-    ends_well(user, run)
+    assert "Killed" in place.alst("status", run.name)
+    place.alst("resume", run.name)
+    place.ends_well(run)
     peaceful = user.train_here("hardware.gpus_per_node=2", "data.seed=8")
     assert peaceful != two_ranks
-    disturbed.ended("a task of packing killed", by="`alst resume`", user=user, peaceful=peaceful)
+    disturbed.ended("a task of packing killed", by="`alst resume`", place=place, peaceful=peaceful)
 
 
 @pytest.mark.full
-def test_a_server_for_mlflow_that_dies_and_comes_back_costs_nothing(user, two_ranks, profile, tmp_path):
+def test_a_server_for_mlflow_that_dies_and_comes_back_costs_nothing(user, two_ranks, place, tmp_path):
     (port,) = free_ports(1)
     with mlflow_server(tmp_path, port) as url:
-        run = begun(user, "tracking.mlflow=true", cluster=profile(tracking_uri=url))
+        run = place.begun("tracking.mlflow=true", tracking_uri=url)
         ranks = both(user)
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
@@ -201,8 +187,8 @@ def test_a_server_for_mlflow_that_dies_and_comes_back_costs_nothing(user, two_ra
         os.kill(pid, signal.SIGCONT)
     user.wait(lambda: len(losses(run)) > STEPS + 1, run)
     with mlflow_server(tmp_path, port):
-        ends_well(user, run)
-    disturbed.ended("MLflow's server killed and restarted", by="nobody: it trains on", user=user, peaceful=two_ranks)
+        place.ends_well(run)
+    disturbed.ended("MLflow's server killed and restarted", by="nobody: it trains on", place=place, peaceful=two_ranks)
 
 
 @pytest.fixture
@@ -213,10 +199,9 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.full
-def test_a_disk_that_is_full_costs_what_could_not_be_saved(user, two_ranks, small_disk):
+def test_a_disk_that_is_full_costs_what_could_not_be_saved(user, place, two_ranks, small_disk):
     shutil.copytree(user.folder / "runs" / "packed", small_disk / "packed")
-    run = user.submit(*NODES, TWO_RANKS, "checkpoint.every_steps=1", ALST_RUNS=str(small_disk))
-    user.wait(lambda: len(losses(run)) >= STEPS, run)
+    run = place.begun("checkpoint.every_steps=1", runs=small_disk)
     ranks, ballast = both(user), small_disk / "ballast"
     with frozen(ranks):
         disturbed = Disturbed(run)
@@ -226,63 +211,36 @@ def test_a_disk_that_is_full_costs_what_could_not_be_saved(user, two_ranks, smal
     user.wait_for_end(run)
     assert user.state(train_job(run)) == "FAILED", "its last checkpoint is not on disk"
     ballast.unlink()
-    user.alst("resume", run.name, ALST_RUNS=str(small_disk))
-    ends_well(user, run)
-    disturbed.ended("the run folder's disk full", by="`alst resume`", user=user, peaceful=two_ranks)
+    place.alst("resume", run.name, ALST_RUNS=str(small_disk))
+    place.ends_well(run)
+    disturbed.ended("the run folder's disk full", by="`alst resume`", place=place, peaceful=two_ranks)
+
+
+def python_of(run: Path) -> Path:
+    """A program that starts Python as the run's own train job does, in the environment of its tasks."""
+    text = (run / "slurm" / "train.sbatch").read_text()
+    variables = re.findall(r"^export \w+=.*?  # ", text, re.MULTILINE)  # of the table, whose rows have a reason
+    line = text.rsplit("srun ", 1)[1].splitlines()[0].partition(" -u -m submitit")[0]
+    python = shlex.split(line)[shlex.split(line).index("--kill-on-bad-exit=1") + 1 :]
+    program = run / "python"
+    program.write_text("\n".join(["#!/bin/bash", *variables, f'exec {shlex.join(python)} "$@"\n']))
+    program.chmod(0o755)
+    return program
 
 
 @pytest.mark.full
-def test_a_second_job_of_the_same_run_is_refused_and_the_first_is_left_in_peace(user, run, two_ranks):
+def test_a_second_job_of_the_same_run_is_refused_and_the_first_is_left_in_peace(user, place, run, two_ranks):
     ranks = both(user)
-    variables = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    variables |= {"PYTHON": sys.executable, "PATH": user.cluster.environment["PATH"]}
+    variables = {"PYTHON": str(python_of(run)), "PATH": user.cluster.environment["PATH"]}
     asked = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=100", "--gpus-per-node=1"]
     asked += ["--no-requeue", "--export=" + ",".join(f"{name}={value}" for name, value in variables.items())]
     with frozen(ranks):
         disturbed = Disturbed(run)
-        said = user.alst("resume", run.name, code=2)
+        said = place.alst("resume", run.name, code=2)
         assert "wait for its end, or `alst cancel" in said
         template = [str(ROOT / "slurm" / "train.sbatch"), str(run / "plan.json")]
         by_hand = ["sbatch", "--wait", *asked, "--output", str(run / "second.out"), *template]
         user.cluster.ask(*by_hand, timeout_seconds=WAIT_SECONDS)
     assert "another job trains into this run folder (process " in (run / "second.out").read_text()
-    ends_well(user, run)
-    disturbed.ended("two jobs of one run", by="nobody: the second is refused", user=user, peaceful=two_ranks)
-
-
-@pytest.mark.full
-def test_switch_files_save_and_stop_a_run_until_it_is_resumed(user, two_ranks):
-    run = begun(user, "checkpoint.every_steps=null")
-    user.alst("save", run.name)
-    user.wait(lambda: not (run / "save").exists() and list((run / "checkpoints").glob("step-*")), run)
-    user.alst("stop", run.name)
-    ends_well(user, run)
-    assert len(losses(run)) < len(two_ranks), "it had ended before it was asked"
-    assert "resume` goes on" in log_of(run, start=0)
-    assert not (run / "slurm" / "requeues").exists()
-    user.alst("resume", run.name)
-    ends_well(user, run)
-    assert losses(run) == two_ranks
-
-
-@pytest.mark.full
-def test_in_a_chain_the_next_job_goes_on_where_the_signal_ended_the_last(user, two_ranks):
-    run = begun(user, "checkpoint.every_steps=null", "--chain", "3")
-    first, second, third = [job["id"] for job in json.loads((run / "slurm" / "jobs.json").read_text())["jobs"]]
-    user.cluster.ask("scancel", "--signal=USR2", first)
-    user.wait_for_end(run)
-    assert [user.state(job) for job in (first, second, third)] == ["COMPLETED"] * 3
-    assert "resumed from step-00000" in (run / "logs" / f"train-{second}" / "0" / "rank0.log").read_text()
-    assert "all 8 steps are done" in (run / "logs" / f"train-{third}" / "0" / "rank0.log").read_text()
-    assert not (run / "slurm" / "requeues").exists()
-    assert losses(run) == two_ranks
-
-
-@pytest.mark.full
-def test_ranks_that_reach_each_other_too_slowly_do_not_begin(user, profile):
-    run = user.submit(*NODES, TWO_RANKS, cluster=profile(train={"least_bus_gigabytes_per_second": 1e6}))
-    user.wait_for_end(run)
-    assert user.state(train_job(run)) == "FAILED"
-    status = user.alst("status", run.name)
-    assert re.search(r"the bus bandwidth of an all-reduce is \d+\.\d\d GB/s, and train\.least_bus_gig", status), status
-    assert losses(run) == []
+    place.ends_well(run)
+    disturbed.ended("two jobs of one run", by="nobody: the second is refused", place=place, peaceful=two_ranks)

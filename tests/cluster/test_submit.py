@@ -1,13 +1,11 @@
 """`alst submit` on a real Slurm: what was asked for is what is trained, and nothing is lost or left behind."""
 
-import re
 import sqlite3
 import sys
 from contextlib import closing
 
 import pytest
 
-from tests.cluster.drills import Disturbed, both, frozen
 from tests.cluster.user import ROOT, WAIT_SECONDS, jobs, losses, told
 
 TWO_RANKS = "hardware.gpus_per_node=1"
@@ -70,26 +68,6 @@ def test_each_task_reads_the_secrets_itself(user, profile, tmp_path):
     assert status.startswith("tokenize failed: rank ")
     assert "line 1 is not NAME=value" in status
     assert CANARY not in status + told(run)
-
-
-def test_a_requeued_job_goes_on_to_the_very_losses_of_a_run_left_in_peace(user, two_ranks):
-    run = user.submit("--nodes", "2", TWO_RANKS)
-    assert list(jobs(run)) == ["train"], "the packed data is there already"
-    user.wait(lambda: len(losses(run)) >= 3, run)
-    with frozen(both(user)):
-        disturbed = Disturbed(run)
-        status = user.alst("status", run.name)
-        assert re.search(r"step   \d/8  loss \d.* tokens/s  ETA \d:\d\d:\d\d of 0:2\d:\d\d left\n", status)
-        follower = user.start("logs", run.name, "--rank", "0", "--follow")
-        user.cluster.ask("scontrol", "requeue", jobs(run)["train"])
-    user.wait_for_end(run)
-    assert user.state(jobs(run)["train"]) == "COMPLETED", told(run)
-    followed, _ = follower.communicate(timeout=WAIT_SECONDS)
-    assert follower.returncode == 0
-    assert "step 1/8" in followed and "resumed from step-00000" in followed and "step 8/8" in followed
-    log = run / "logs" / f"train-{jobs(run)['train']}" / "1" / "rank0.log"
-    assert "resumed from step-00000" in log.read_text()
-    disturbed.ended("`scontrol requeue`", by="Slurm", user=user, peaceful=two_ranks)
 
 
 def test_a_cancelled_run_leaves_no_process_and_can_be_resumed(user, two_ranks):

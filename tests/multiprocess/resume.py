@@ -25,6 +25,7 @@ from pipeline.parallel.mesh import Mesh
 from pipeline.plan.run_dir import RunDir
 from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.engine import create_engine, zero3_config
+from pipeline.train.heartbeat import Heartbeat
 from pipeline.train.resume import find_resume, load
 from pipeline.train.self_check import self_check, shard_of_sample
 from pipeline.train.step import Trainee, model_inputs, run_step
@@ -75,7 +76,8 @@ def start(case: Case, mesh: Mesh, weights: Path, run_dir: RunDir) -> Job:
         run_dir.write_plan(plan)
     if resume is not None:
         load(resume, engine, run_dir, mesh)
-    return Job(trainee, Checkpointer(trainee, run_dir, commit="test"), Cursor() if resume is None else resume.cursor)
+    checkpointer = Checkpointer(trainee, run_dir, commit="test", beat=Heartbeat().beat)
+    return Job(trainee, checkpointer, Cursor() if resume is None else resume.cursor)
 
 
 def keep_weights(job: Job, run_dir: RunDir) -> None:

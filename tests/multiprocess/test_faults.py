@@ -188,6 +188,29 @@ def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(small_disk, re
     assert [checkpoint.record.step for checkpoint in kept if damage(checkpoint, checksums=True)] == []
 
 
+SHORT_OF_THE_SAVE = ("train.stall_seconds=8", "checkpoint.keep_last=4")
+"""Collectives give up after 16 s then, and a slow save lasts 30."""
+
+
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_a_save_that_outlasts_the_patience_is_no_stall_while_it_gets_on(runs, recipe, peaceful, asynchronous):
+    how = f"checkpoint.asynchronous={str(asynchronous).lower()}"
+    printed = alst("train", recipe, *SHORT_OF_THE_SAVE, how, runs=runs, fault="slow 1 2")
+    run = only_run(runs)
+    assert losses(run) == losses(peaceful), printed
+    saved = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (slow,) = [event for event in saved if event.get("name") == "step-000002"]
+    assert slow["seconds"] > 30, "it was slow"
+    assert (slow["stall_seconds"] > 30) is not asynchronous
+    assert [path.name for path in step_folders(run / "checkpoints")] == [f"step-{step:06d}" for step in (4, 3, 2, 1)]
+
+
+def test_a_save_in_which_the_disk_does_not_answer_is_a_stall(runs, recipe):
+    printed = alst("train", recipe, *SHORT_OF_THE_SAVE, runs=runs, fault="hangs 1 2", code=1)
+    assert "stalled: no rank got on for" in printed
+    assert ", save, " in printed, "what the ranks stand at"
+
+
 def test_a_checkpoint_is_not_begun_where_there_is_no_room_for_it(small_disk, recipe, peaceful):
     shutil.copytree(peaceful.parent / "packed", small_disk / "packed")
     size = json.loads((step_folders(peaceful / "checkpoints")[0] / RECORD_NAME).read_text())

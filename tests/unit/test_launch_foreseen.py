@@ -14,7 +14,7 @@ from pipeline.recipe.load import load
 TOO_LONG = ["memory.tiled_norm=null", "data.seq_len=4194304"]
 
 
-FIXED = "memory.activation_checkpoint={keep_attention: false, layers_per_group: 1, resident_groups: 0}"
+FIXED = "memory.activation_checkpoint={offload: cpu, keep_attention: false, layers_per_group: 1, resident_groups: 0}"
 
 
 def planned(*overrides: str) -> JobPlan:

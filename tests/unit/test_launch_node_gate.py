@@ -1,6 +1,7 @@
 """What makes a node unfit, on this machine and on ones that are described."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -36,12 +37,33 @@ def test_memory_that_another_holds_makes_a_node_unfit_and_a_plan_for_a_larger_on
     assert found(64 * GIB, 2**20).startswith("0.0 GiB of its 64.0 GiB of memory are free, ")
 
 
-def test_a_full_scratch_folder_makes_a_node_unfit(monkeypatch, tmp_path):
+def test_a_full_disk_for_temporary_files_makes_a_node_unfit(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(node_gate, "LEAST_SCRATCH_BYTES", 2**60)
-    assert "GiB free, " in node_gate._scratch(tmp_path)
+    assert unfitness(planned()).startswith(f"{tmp_path} has ")
     monkeypatch.setattr(node_gate, "LEAST_SCRATCH_BYTES", 0)
     monkeypatch.setattr(node_gate, "LEAST_INODES", 2**60)
-    assert os.statvfs(tmp_path).f_files == 0 or "inodes free, " in node_gate._scratch(tmp_path)
+    assert os.statvfs(tmp_path).f_files == 0 or "inodes free, " in unfitness(planned())
+
+
+def test_a_folder_for_temporary_files_that_takes_none_makes_a_node_unfit(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file" / "below"))
+    assert unfitness(planned()) == f"{tmp_path}/file/below: Not a directory"
+
+
+def test_the_disk_that_the_plan_keeps_layers_on_must_have_room_for_them(tmp_path):
+    """Not that of temporary files."""
+    scratch = tmp_path / "scratch"
+    on_disk = "memory.activation_checkpoint={offload: disk, disk_groups: 1}"
+    plan = planned(on_disk, f"hardware.scratch={scratch}")
+    assert load_of(plan).scratch.total > 0
+    assert unfitness(plan) is None
+    assert scratch.is_dir()
+    longer = planned(on_disk, f"hardware.scratch={scratch}", "data.seq_len=2147483136", "hardware.scratch_gib=1e6")
+    found = node_gate._disks(longer)
+    assert re.fullmatch(rf"{scratch} has [\d,]+\.\d\d GiB free, [\d,]+\.\d\d are needed", found), found
+    assert node_gate._disks(planned(f"hardware.scratch={tmp_path}/nowhere")) is None, "nothing is kept there"
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,12 @@ SLURM = """
 sleep() {{ :; }}
 silent() {{ [ "{state}" = SILENT ]; }}
 squeue() {{ case "$*" in *%e*) echo 2026-01-01T00:00:00 ;; *) if silent; then return 1; fi; echo {state} ;; esac; }}
+sacctmgr() {{ case "$*" in *"show qos low format=GraceTime") echo {qos_grace} ;; esac; }}
 scontrol() {{
     case "$*" in
     requeue*) echo "scontrol $*"; if silent && [ ! -e asked ]; then touch asked; return 1; fi ;;
-    "show partition"*) echo "   MaxTime=UNLIMITED GraceTime=15 Hidden=NO" ;;
+    "show partition"*) echo "   MaxTime=UNLIMITED GraceTime={partition_grace} Hidden=NO" ;;
+    "show config") printf '%s\\n' "KillWait                = 30 sec" "PreemptType             = {preempt_type}" ;;
     "show job"*)
         printf '   %s\\n' StartTime=2026-01-01T00:00:00 PreemptTime={preempted} "ReqNodeList=(null) ExcNodeList=n9" ;;
     "show node n4"*) echo "NodeName=n4 State=DOWN+DRAIN BootTime=2020-01-01T00:00:00" ;;
@@ -58,15 +60,28 @@ scontrol() {{
 """
 
 
-def run_job(run_dir: RunDir, tasks: str, *, requeues: int = 2, state: str = "RUNNING", preempted: str = "None", **env):
-    """The code, the words and the commands of a batch script whose tasks are `tasks`."""
-    text = f"""{SLURM.format(state=state, preempted=preempted)}
+CLUSTER = {
+    "state": "RUNNING", "preempted": "None", "preempt_type": "preempt/partition_prio",
+    "partition_grace": "15", "qos_grace": "00:00:00",
+}  # fmt: skip
+
+
+def run_job(run_dir: RunDir, tasks: str, *, requeues: int = 2, **said):
+    """The code, the words and the commands of a script whose tasks are `tasks`; what Slurm `said`, and variables."""
+    env = {name: value for name, value in said.items() if name not in CLUSTER}
+    text = f"""{SLURM.format(**CLUSTER | {name: value for name, value in said.items() if name in CLUSTER})}
 source {ROOT / JOB_SHELL}
 before_tasks "{run_dir.path}" {requeues}
 ({tasks})
 after_tasks "$?"
 """
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "p", "SLURM_JOB_NODELIST": "n1,n3", "TZ": "UTC"} | env
+    variables = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_PARTITION": "p",
+        "SLURM_JOB_QOS": "low",
+        "SLURM_JOB_NODELIST": "n1,n3",
+        "TZ": "UTC",
+    } | env
     errors = run_dir.path / "err"
     with errors.open("a") as file:
         done = subprocess.run(
@@ -235,3 +250,27 @@ def test_nodes_that_are_unfit_together_are_not_excluded_and_the_job_fails(run_di
 def test_tasks_are_told_until_when_they_may_run(run_dir):
     code, _, told = run_job(run_dir, 'echo "$ALST_JOB_END $ALST_GRACE_SECONDS"')
     assert (code, told) == (0, ["1767225600 15"])
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ({}, 15),
+        ({"partition_grace": "0"}, 30),
+        ({"preempt_type": "preempt/qos", "qos_grace": "00:02:05"}, 125),
+        ({"preempt_type": "preempt/qos", "qos_grace": "1-00:00:10"}, 86410),
+        ({"preempt_type": "preempt/qos"}, 30),
+        ({"preempt_type": "preempt/qos", "qos_grace": ""}, 30),  # the accounting does not answer
+        ({"preempt_type": "preempt/none", "partition_grace": "0"}, 30),
+    ],
+)
+def test_the_grace_is_that_of_whoever_preempts_here_or_else_killwait(run_dir, said, seconds):
+    assert run_job(run_dir, 'echo "$ALST_GRACE_SECONDS"', **said)[2] == [str(seconds)]
+
+
+def test_the_jobs_own_signal_means_a_preemption_where_slurm_says_so(run_dir):
+    why = mark(run_dir, "asked to stop by SIGUSR2")
+    assert run_job(run_dir, why, preempted="2026-02-01T00:00:00")[2] == ["scontrol requeue 7"]
+    assert run_dir.requeues.read_text().endswith(": preempted\n")
+    run_job(run_dir, why)
+    assert run_dir.requeues.read_text().endswith(": asked to stop by SIGUSR2\n")

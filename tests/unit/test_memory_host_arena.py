@@ -1,6 +1,7 @@
 """How much host memory a process may take: the machine's, or what its control groups leave; told before training."""
 
 import resource
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -88,13 +89,15 @@ def test_what_is_pinned_is_unpinned_once_when_its_last_view_is_gone_and_copies_h
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(("wait",)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", lambda number: calls.append(("on", number)) or nullcontext())
     arena = HostArena(capacity_bytes=GIB >> 10, pinned=True)
     _, piece = arena.take(torch.empty(100))
     address = piece.data_ptr()
     del arena
     assert calls == [("pin", address, GIB >> 10)]
     del piece
-    assert calls[1:] == [("wait",), ("unpin", address)]
+    assert calls[1:] == [("on", 3), ("wait",), ("unpin", address)]
 
 
 def test_the_limit_of_locked_memory_is_told():

@@ -30,7 +30,9 @@ def _no_hub(tmp_path, monkeypatch):
 
 def planned(*overrides: str, recipe: str = "llama8b") -> JobPlan:
     """By hand everything that is offloaded leaves the GPU; what stays is of test_plan_placement."""
-    asked = ["memory.activation_checkpoint={keep_attention: false, layers_per_group: 1, resident_groups: 0}"]
+    asked = [
+        "memory.activation_checkpoint={offload: cpu, keep_attention: false, layers_per_group: 1, resident_groups: 0}"
+    ]
     asked += ["data.seq_len=2097152"] if recipe == "llama8b" else []
     return plan_job(load(recipe, overrides=[*asked, *overrides]))
 

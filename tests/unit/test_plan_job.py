@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -569,6 +570,20 @@ def test_the_allocator_is_told_of_segments_if_asked_and_of_page_locked_blocks_al
     (said,) = (v.value for v in environment(plan, cpus_per_rank=1) if v.name == "PYTORCH_ALLOC_CONF")
     assert ("expandable_segments:True" in said.split(",")) is on
     assert {"pinned_max_round_threshold_mb:64", "pinned_max_cached_size_mb:64"} <= set(said.split(","))
+
+
+@pytest.mark.parametrize(("torch", "told"), [("2.12.0+cu130", False), ("2.13.0", True), (None, True)])
+def test_a_torch_that_does_not_know_page_locked_blocks_is_not_told_of_them(monkeypatch, torch, told):
+    def version(package: str) -> str:
+        if torch is None:
+            raise PackageNotFoundError(package)
+        return torch
+
+    monkeypatch.setattr("pipeline.plan.environment.version", version)
+    variables = environment(planned("hardware.gpu=H200-141GB"), cpus_per_rank=1)
+    (said,) = (variable.value for variable in variables if variable.name == "PYTORCH_ALLOC_CONF")
+    assert said.startswith("expandable_segments:True")
+    assert ("pinned_max_round_threshold_mb" in said) is told
 
 
 def test_no_group_of_ranks_that_share_a_sequence_straddles_nodes():

@@ -1,5 +1,7 @@
 """Whether there is time for another step, by the clock and by what steps and saves took."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +17,15 @@ CPU = torch.device("cpu")
 class Job:
     """A rank of a job with a clock that is turned by hand, and an end."""
 
-    def __init__(self, tmp_path, *, ends_at: float | None = None, saves: bool = True, before: tuple[float, ...] = ()):
+    def __init__(
+        self,
+        tmp_path,
+        *,
+        ends_at: float | None = None,
+        saves: bool = True,
+        before: tuple[float, ...] = (),
+        costs: Sequence[float] = (),
+    ):
         self.now, self.asked, self.terminated, self.ends_at = 0.0, False, False, ends_at
         self.queue = Queue(
             asked_to_requeue=lambda: self.asked,
@@ -24,8 +34,9 @@ class Job:
         )
         self.run_dir = RunDir(tmp_path)
         self.stopping = Stopping(
-            self.queue, self.run_dir, saves=saves, save_seconds=lambda: 10.0, step_seconds=before, rank=0,
-            clock=lambda: self.now,
+            self.queue, self.run_dir, saves=saves, save_seconds=lambda: 10.0, rank=0, clock=lambda: self.now,
+            step_seconds=list(enumerate(before, start=1)), done=len(before),
+            cost=lambda step: costs[step - 1] if costs else 1.0,
         )  # fmt: skip
 
     def steps(self, *seconds: float) -> list[Request]:
@@ -59,6 +70,29 @@ def test_the_longest_of_the_recent_steps_counts_and_what_follows_a_step_is_part_
     job.steps(10, 10, 400, 10)
     assert job.stopping.needed_seconds == MARGIN * 410
     assert job.steps(100) == [Request.REQUEUE]
+
+
+def test_a_step_whose_documents_cost_more_is_given_the_time_they_take(tmp_path):
+    """The third costs four times the others, and after it comes one that costs half."""
+    job = Job(tmp_path, ends_at=1000.0, costs=(1, 1, 4, 0.5, 1))
+    job.stopping.at_start(CPU)
+    job.steps(300)
+    job.steps(100)
+    assert job.stopping.needed_seconds == pytest.approx(MARGIN * (4 * 100 + 10))
+    assert job.stopping.longest_seconds == 410
+    assert job.steps(400) == [Request.REQUEUE]
+    assert job.stopping.needed_seconds == pytest.approx(MARGIN * 410), "what was as long may be so again"
+    job = Job(tmp_path, ends_at=600.0, costs=(1, 1, 4))
+    job.stopping.at_start(CPU)
+    assert job.steps(50, 100) == [Request.NOTHING, Request.REQUEUE], "450 s are left, 4/3 of 410 are needed"
+
+
+def test_what_is_known_of_earlier_starts_is_compared_by_the_costs_of_their_own_steps(tmp_path):
+    job = Job(tmp_path, ends_at=130.0, before=(100.0, 20.0), costs=(5, 1, 1))
+    assert job.stopping.needed_seconds == pytest.approx(MARGIN * 110)
+    job = Job(tmp_path, ends_at=130.0, before=(20.0,), costs=(1, 5))
+    with pytest.raises(UserError, match="one and its save take 147 s, by those before"):
+        job.stopping.at_start(CPU)
 
 
 def test_without_an_end_or_without_checkpoints_steps_go_on(tmp_path):

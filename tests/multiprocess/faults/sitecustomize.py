@@ -7,12 +7,14 @@ wrapped when its module is imported. The step is the one being done, counted fro
 import os
 import signal
 import sys
+import time
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
 WHERE, RANK, STEP = (os.environ.get("ALST_TEST_FAULT") or "nowhere 0 0").split()
+SLOW_SECONDS = 30.0
 BALLAST = Path(os.environ.get("ALST_RUNS", ".")) / "ballast"
 now = {"step": 0}
 
@@ -53,18 +55,18 @@ def in_forward(tiled_loss):
 
 
 def in_write(write_state):
-    def wrapped(state, path, *, folder):
+    def wrapped(state, path, *, folder, moved):
         if is_the_save(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"half of it")
             die()
-        return write_state(state, path, folder=folder)
+        return write_state(state, path, folder=folder, moved=moved)
 
     return wrapped
 
 
 def on_a_full_disk(write_state):
-    def wrapped(state, path, *, folder):
+    def wrapped(state, path, *, folder, moved):
         if is_the_save(folder):
             try:
                 with BALLAST.open("wb") as file:
@@ -72,9 +74,38 @@ def on_a_full_disk(write_state):
                         file.write(bytes(2**16))
             except OSError:
                 pass
-        return write_state(state, path, folder=folder)
+        return write_state(state, path, folder=folder, moved=moved)
 
     return wrapped
+
+
+def on_a_slow_disk(write_state):
+    """What it takes before SLOW_SECONDS are over, it takes in small bites."""
+    began = []
+
+    def wrapped(state, path, *, folder, moved):
+        def slowly(count):
+            began.append(time.monotonic())
+            if is_the_save(folder) and time.monotonic() < began[0] + SLOW_SECONDS:
+                time.sleep(SLOW_SECONDS / 20)
+            moved(count)
+
+        return write_state(state, path, folder=folder, moved=slowly)
+
+    return wrapped
+
+
+def on_a_disk_that_hangs(write_state):
+    def wrapped(state, path, *, folder, moved):
+        if is_the_save(folder):
+            time.sleep(3600)
+        return write_state(state, path, folder=folder, moved=moved)
+
+    return wrapped
+
+
+def in_no_time(seconds):
+    return 0.0
 
 
 def before_the_name(write_record):
@@ -86,16 +117,16 @@ def before_the_name(write_record):
     return wrapped
 
 
+IN_A_WRITE = {"save": in_write, "full": on_a_full_disk, "slow": on_a_slow_disk, "hangs": on_a_disk_that_hangs}
+
 WRAPPED = {
     "pipeline.train.loop": ("learning_rate", counted, None),
     "pipeline.memory.tiled_loss": ("tiled_loss", in_forward, "forward"),
-    "pipeline.train.checkpoint_writer": (
-        "write_state",
-        on_a_full_disk if WHERE == "full" else in_write,
-        "full" if WHERE == "full" else "save",
-    ),
+    "pipeline.train.checkpoint_writer": ("write_state", IN_A_WRITE.get(WHERE), WHERE if WHERE in IN_A_WRITE else ""),
     "pipeline.plan.checkpoint_dir": ("write_record", before_the_name, "name"),
 }
+ON_ALL_RANKS = {"pipeline.plan.patience": ("LEAVING_SECONDS", in_no_time, "slow")}
+"""So that collectives give up soon after a stall would have been found."""
 
 
 class Wrapping(Loader):
@@ -107,18 +138,19 @@ class Wrapping(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        name, wrap, where = WRAPPED[module.__name__]
+        name, wrap, where = wrapped_here[module.__name__]
         if where in (None, WHERE):
             setattr(module, name, wrap(getattr(module, name)))
 
 
 class Finder(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        spec = PathFinder.find_spec(name, path, target) if name in WRAPPED else None
+        spec = PathFinder.find_spec(name, path, target) if name in wrapped_here else None
         if spec is not None and spec.loader is not None:
             spec.loader = Wrapping(spec.loader)
         return spec
 
 
-if WHERE != "nowhere" and os.environ.get("RANK") == RANK and "train" in sys.orig_argv:
+wrapped_here = ON_ALL_RANKS | (WRAPPED if os.environ.get("RANK") == RANK else {})
+if WHERE != "nowhere" and "train" in sys.orig_argv:
     sys.meta_path.insert(0, Finder())
