@@ -525,12 +525,15 @@ def sequence_chunks(at: Sizes) -> Item:
     if at.keys_on_host:
         tokens = ("tokens of two chunks", min(2 * at.plan.local_chunk_tokens, at.earlier[1]))
     weights = ("parameters of a layer", at.shape.layer_parameters)
+    of_mlp = ("parameters of an MLP", at.shape.mlp_parameters)
     return Item(
         "sequence_chunks",
         (
             term("keys and values", 2, ("bytes", at.d), tokens, at.kv_held, when=IN_LAYER),
             term("float32 sums of their gradients", 2, ("bytes", WIDE), tokens, at.kv_held, when=IN_LAYER),
-            term("sums of weight gradients, and a chunk's", ("bytes", WIDE + at.d), weights, when=IN_LAYER),
+            term("float32 sums of weight gradients", ("bytes", WIDE), weights, when=IN_LAYER),
+            term("a chunk's own", ("bytes", at.d), weights, when=(ATTENTION,)),
+            term("a chunk's own, of the MLP", ("bytes", at.d), of_mlp, when=(NORM,) if at.tiles_mlp else (MLP, NORM)),
         ),
     )
 

@@ -8,7 +8,7 @@ from benchmarks.replay import measured
 from pipeline.memory.offload import HostStore
 from pipeline.plan.host_memory import host_bytes, scratch_bytes
 from pipeline.plan.job import JobPlan, plan_job
-from pipeline.plan.memory import MOMENTS, activation_bytes, activation_moment
+from pipeline.plan.memory import MOMENTS, Sizes, activation_bytes, activation_moment
 from pipeline.plan.offload import offload_of
 from pipeline.recipe.load import load
 
@@ -136,3 +136,54 @@ def test_what_waits_on_disk_is_counted_to_the_byte_and_host_memory_holds_the_res
 
 def test_the_cases_meet_the_moments_that_differ():
     assert len({activation_moment(planned(*overrides)) for overrides in CASES.values()}) >= 4 <= len(MOMENTS)
+
+
+# In chunks, over one document: every chunk but the last then has keys and values that a later one asks for
+
+
+IN_CHUNKS = (
+    "model.config={vocab_size: 64, hidden_size: 128, intermediate_size: 128, num_hidden_layers: 2}",
+    "memory.tiled_norm={tile_tokens: 16}",
+    "data.seq_len=256",
+)
+
+
+def in_chunks(hidden_states: str, keys_values: str, settings: str = "", *, kept: str = "false") -> JobPlan:
+    places = f"hidden_states: {hidden_states}, keys_values: {keys_values}, keep_keys_values: {kept}"
+    chunks = f"memory.sequence_chunks={{chunk_tokens: 32, {places}}}"
+    return planned(*IN_CHUNKS, f"{CHECKPOINT}={{{settings or 'offload: null'}}}", chunks)
+
+
+CHUNK_CASES = {
+    "on the device": ("gpu", "gpu"),
+    "offload, kept attention": ("gpu", "gpu", "offload: cpu, resident_groups: 0, keep_attention: true"),
+    "hidden states on the host": ("cpu", "gpu", "offload: cpu"),
+    "keys and values, too; groups": ("cpu", "cpu", "offload: cpu, layers_per_group: 2"),
+}
+
+
+@pytest.mark.parametrize("name", CHUNK_CASES)
+def test_in_chunks_the_plan_is_what_is_allocated_and_host_memory_is_counted_to_the_byte(name):
+    plan = in_chunks(*CHUNK_CASES[name])
+    found, at = measured(plan, document=plan.seq_len), Sizes(plan)
+    on_cpu_as_well = 2 * 2 * at.shape.head_dim * (plan.seq_len - plan.local_chunk_tokens)  # cosines and sines
+    expected = activation_bytes(plan) + (on_cpu_as_well if at.hidden_on_host else 0)
+    assert expected == pytest.approx(found.peak_bytes, rel=TOLERANCE), activation_moment(plan)
+    told, arenas = offload_of(plan), found.attached.arenas
+    reserved = [told.hidden_states_bytes, told.keys_values_bytes]
+    assert [arena.reserved_bytes for arena in arenas] == [size for size in reserved if size], "none had to grow"
+    rotary = 2 * 2 * at.shape.head_dim * plan.seq_len if at.hidden_on_host else 0
+    host = host_bytes(plan).by_name
+    held = sum(arena.peak_bytes for arena in arenas) + found.attached.store.peak_bytes
+    planned_bytes = host["activation_checkpoint"] + host["kept_attention"] + host["sequence_chunks"] - rotary
+    assert held == planned_bytes
+
+
+def test_kept_keys_and_values_wait_in_the_store():
+    kept, made_again = (
+        in_chunks("gpu", "gpu", "offload: cpu, resident_groups: 0", kept=kept) for kept in ("true", "false")
+    )
+    more = offload_of(kept).arena_bytes - offload_of(made_again).arena_bytes
+    keys_values = 2 * 2 * 2 * 64 * 256  # of two layers, two KV heads of 32, bfloat16
+    assert host_bytes(kept).by_name["sequence_chunks"] == keys_values
+    assert keys_values <= more <= keys_values + 2 * 2 * kept.num_chunks * 512

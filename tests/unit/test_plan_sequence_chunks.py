@@ -5,7 +5,13 @@ import json
 import pytest
 
 from pipeline.errors import RecipeError
+from pipeline.plan.advice import advise
+from pipeline.plan.documents import documents_of
 from pipeline.plan.job import JobPlan, plan_job, read_plan
+from pipeline.plan.limits import load_of
+from pipeline.plan.memory import gpu_bytes
+from pipeline.plan.savings import savings
+from pipeline.plan.time import step_seconds
 from pipeline.recipe.load import load
 
 CHUNKS = "memory.sequence_chunks"
@@ -111,3 +117,102 @@ def test_a_plan_says_what_auto_stands_for_and_is_read_as_it_was_written(tmp_path
     raw = json.loads(path.read_text())
     assert raw["num_chunks"] == 32
     assert "auto" not in raw["recipe"]["memory"]["sequence_chunks"].values()
+
+
+# Bytes, by hand: Llama-8B on 8 GPUs, 2M tokens, 262,144 a rank, in 32 chunks of 65,536
+
+
+def in_chunks(hidden_states: str, keys_values: str, *overrides: str, kept: str = "false") -> JobPlan:
+    places = f"hidden_states: {hidden_states}, keys_values: {keys_values}, keep_keys_values: {kept}"
+    settings = "offload: cpu, keep_attention: false, layers_per_group: 1"
+    asked = (f"{CHECKPOINT}={{{settings}}}", f"{CHUNKS}={{chunk_tokens: 65536, {places}}}", "data.seq_len=2097152")
+    return planned(*asked, "parallel.sp=8", *overrides)
+
+
+def test_a_gpu_holds_keys_values_and_sums_of_all_chunks_or_of_two():
+    weights = 218_112_000 * 4
+    for keys_values, chunks in (("gpu", 31), ("cpu", 2)):
+        (item,) = (one for one in gpu_bytes(in_chunks("cpu", keys_values)).items if one.name == "sequence_chunks")
+        mlp = 3 * 4096 * 14336 * 2
+        assert item.at("the backward of a layer's MLP") == chunks * 8192 * 2 * 1024 * (2 + 4) + weights + mlp
+
+
+def test_host_memory_holds_each_hidden_state_once():
+    host = load_of(in_chunks("cpu", "cpu")).host.by_name
+    hidden, tokens = 2 * 4096, 2_097_152
+    assert host["activation_checkpoint"] == tokens * 32 * hidden
+    keys_values = 2 * 1024 * (2 * tokens + 4 * tokens * 31 // 32)
+    assert host["sequence_chunks"] == tokens * 4 * hidden + keys_values + tokens * 2 * 2 * 128
+
+
+def test_each_mode_frees_more_of_the_gpu():
+    found = [gpu_bytes(in_chunks(*places)).total for places in (("gpu", "gpu"), ("cpu", "gpu"), ("cpu", "cpu"))]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < gpu_bytes(planned("data.seq_len=2097152", "parallel.sp=8")).total
+
+
+# Seconds
+
+
+def seconds(plan: JobPlan) -> dict[str, float]:
+    found = step_seconds(plan, documents_of(plan))
+    assert found is not None
+    return {f"{item.name}: {part.what}": part.value for item in found.items for part in item.terms}
+
+
+def test_keys_and_values_are_projected_once_more_unless_they_are_kept():
+    again, kept = (seconds(in_chunks("gpu", "gpu", kept=kept)) for kept in ("false", "true"))
+    assert "matmuls: keys and values made again" not in kept
+    projection = again["matmuls: keys and values made again"]
+    assert projection < 0.04 * (again["matmuls: MLPs"] + again["matmuls: attention's projections"])
+    assert projection == pytest.approx(2 * 31 / 32 * 32 * 2 * 4096 * 1024 * 262_144 / (989e12 * 0.6))
+
+
+def test_what_lies_in_host_memory_is_copied_by_chunk():
+    found = seconds(in_chunks("cpu", "cpu"))
+    link = 64e9 * 0.75
+    assert found["offload: hidden states of layers"] == pytest.approx((2 + 31 / 32 + 3) * 32 * 8192 * 262_144 / link)
+    fetched = 32 * (32 * 31 // 2) * 65536 // 8  # keys of earlier chunks, of a rank's heads: all layers, each pair once
+    pairs = 2 * 1024 * fetched
+    assert found["offload: keys and values, for later chunks"] == pytest.approx(3 * 2 * pairs / link)
+    assert found["offload: sums of their gradients, there and back"] == pytest.approx(2 * 4 * pairs / link)
+
+
+def test_short_documents_fetch_next_to_nothing():
+    told = "offload: keys and values, for later chunks"
+    long, short = (seconds(in_chunks("cpu", "cpu", *more))[told] for more in ((), (LONGEST,)))
+    assert short < long / 500
+
+
+LONGEST = "data.packing.longest_document_tokens=4096"
+
+
+# What follows from it
+
+
+def test_what_does_not_fit_is_advised_to_run_in_chunks():
+    (first, *_) = advise(planned("data.seq_len=8388608"))
+    assert first.changes[0].startswith("memory.sequence_chunks=") and first.fits
+
+
+def test_a_saving_for_each_of_its_parts():
+    found = {saving.feature: saving for saving in savings(in_chunks("cpu", "cpu", kept="true"))}
+    assert found["hidden_states on cpu"].gpu_bytes > 0
+    assert found["keys_values on cpu"].gpu_bytes > 0 > found["keys_values on cpu"].host_bytes
+    assert found["keep_keys_values"].host_bytes < 0
+    assert found["sequence_chunks"].gpu_bytes > found["hidden_states on cpu"].gpu_bytes
+
+
+def test_auto_keeps_things_as_it_is_fastest():
+    plan = planned(f"{CHUNKS}={{}}", "data.seq_len=2097152")
+    chunks = plan.recipe.memory.sequence_chunks
+    assert chunks is not None
+
+    def total(plan: JobPlan) -> float:
+        found = step_seconds(plan, documents_of(plan))
+        assert found is not None and load_of(plan).fits
+        return found.total
+
+    for places in (("gpu", "gpu"), ("cpu", "gpu"), ("cpu", "cpu")):
+        settings = f"hidden_states: {places[0]}, keys_values: {places[1]}, keep_keys_values: false"
+        assert total(plan) <= total(planned(f"{CHUNKS}={{{settings}}}", "data.seq_len=2097152"))
