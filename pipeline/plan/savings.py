@@ -48,9 +48,10 @@ def _without(plan: JobPlan) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "activation_checkpoint", (*off, "memory.activation_checkpoint=null")
     if memory.sequence_chunks is not None:
         yield from _without_chunks(memory.sequence_chunks.resolved)
-    found = checkpoint.resolved
+    found, chunks = checkpoint.resolved, memory.sequence_chunks
+    there = () if chunks is None else (f"{CHUNKS}.hidden_states=gpu",)
     if checkpoint.offload is not None:
-        yield f"offload to {checkpoint.offload}", (_ON_DEVICE,)
+        yield f"offload to {checkpoint.offload}", (*there, _ON_DEVICE)
     if found.disk_groups:
         yield "disk_groups", (f"{CHECKPOINT}.disk_groups=0",)
     if found.resident_groups:
