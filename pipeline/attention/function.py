@@ -5,13 +5,14 @@ mask is never built, so nothing of size T x T exists (ALST §3.4).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from pipeline.attention.chunks import ChunkAttention
+from pipeline.attention.chunks import ChunkAttention, ChunkedSample
 from pipeline.attention.kernels import AttentionKernel, Scoring
 from pipeline.attention.kernels.interface import AttentionGrads
 from pipeline.attention.segments import Segments
@@ -41,6 +42,12 @@ class AttentionContext:
     """Set by what runs a layer more than once; None asks the kernel every time."""
     chunk: ChunkAttention | None = None
     """Set by what runs a layer in chunks; None is the whole sample at once."""
+
+    @cached_property
+    def in_chunks(self) -> ChunkedSample:
+        """The sample as each of its chunks sees it; made once for all layers."""
+        assert self.layout is not None, "whoever runs layers in chunks says how the sample lies"
+        return ChunkedSample(self.segments, self.layout)
 
     def forward(
         self,

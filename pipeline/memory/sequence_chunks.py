@@ -28,7 +28,7 @@ from pipeline.memory.offload import Store
 from pipeline.memory.tiled_module import add_in_float32, as_gradients
 from pipeline.model.anatomy import decoder_layers
 
-QUERY_PROJECTIONS = ("q_proj", "q_a_proj")
+QUERY_PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj")
 """What makes queries alone: left out where a layer runs for its keys and values."""
 
 
@@ -181,9 +181,9 @@ class _ChunkedLayer:
     def forward(self, layer: Any, hidden_states: torch.Tensor, *others: Any, **keywords: Any) -> torch.Tensor:
         """What a call of the layer runs, inside its hooks."""
         context = keywords.get("attention_context")
-        if context is None or context.layout is None:
+        if context is None:
             raise RunError(f"{type(layer).__name__} lost attention_context on its way; this model is not supported")
-        call = _Call(others, keywords, ChunkedSample(context.segments, context.layout))
+        call = _Call(others, keywords, context.in_chunks)
         if not torch.is_grad_enabled():
             out = self.empty_output(call, hidden_states, kept=self.runs_again_on is not None)
             self.run(call, hidden_states, out, self.runs_again_on)
