@@ -1,0 +1,14 @@
+"""docs/benchmarks.md says what the planner predicts now, and lists every bench that is committed."""
+
+from benchmarks import page
+
+
+def test_the_page_is_current():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.with_tables(text) == text, "run python benchmarks/page.py"
+
+
+def test_kernels_bound_what_can_be_reached():
+    for kernel in page.KERNELS:
+        expected = page.expected(page.KEEP, 2**19, kernel)
+        assert 0 < expected.mfu < page.kernel_bound(2**19, kernel) < 1
