@@ -126,7 +126,11 @@ def _step(plan: JobPlan, *, on_host: bool) -> Callable[[], None]:
         for begin in model._forward_pre_hooks.values():
             begin(model, ())
         hidden = (there if on_host else torch.zeros_like(there)).detach().requires_grad_()
-        norm(layer(hidden, position_embeddings=cosines_and_sines, attention_context=context)).sum().backward()
+        out = norm(layer(hidden, position_embeddings=cosines_and_sines, attention_context=context))
+        norm.states.entered(out)  # as the loss does, which keeps its gradient alone
+        loss = out.sum()
+        del out
+        loss.backward()
 
     return step
 

@@ -29,6 +29,10 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class KeysAndValues(Protocol):
     """Of one layer, a block for each chunk, wherever they lie."""
 
+    def begin(self) -> None:
+        """A forward begins; of what an earlier one may have left, nothing is wanted."""
+        ...
+
     def put(self, chunk: int, keys_values: Pair) -> None: ...
 
     def start(self, chunk: int, *, grads: bool = ...) -> None:

@@ -99,6 +99,8 @@ def attach(
        inside the engine's call; without the feature it has one tile.
     """
     pinned = pinned or next(model.parameters()).is_cuda
+    if offload is not None:
+        check_node(offload.ranks_of_node * offload.host_bytes)
     states = _states(memory, offload or Offload(), pinned=pinned)
     gathered_whole: tuple[type[nn.Module], ...] = ()
     if memory.tiled_norm is not None:
@@ -195,7 +197,6 @@ def _store(memory: MemoryRecipe, offload: Offload | None, *, pinned: bool) -> Ho
     ahead = 1 + 2 * (found.layers_per_group if chunks is None else 1) * found.keep_attention
     if offload is None:
         return HostStore(ahead=ahead)
-    check_node(offload.ranks_of_node * (offload.arena_bytes + offload.staging_bytes))
     store = HostStore(
         capacity_bytes=offload.arena_bytes,
         resident_tensors=offload.resident_tensors,

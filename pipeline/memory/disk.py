@@ -169,12 +169,15 @@ class Disk:
         self._results(piece.read, "cannot read layer inputs back")
         return piece.waiting
 
-    def give_back(self, piece: Piece, *, read_by: Any = None) -> None:
-        """The piece is done with; its slot, once the CUDA event `read_by` has come."""
+    def free_slot(self, piece: Piece, *, read_by: Any = None) -> None:
+        """The piece is where it was wanted, and on disk; its slot is free once the CUDA event `read_by` has come."""
         assert piece.slot is not None
         piece.slot.read_by = read_by
         self._free.append(piece.slot)
-        piece.slot = None
+        piece.slot, piece.read = None, []
+
+    def give_back(self, piece: Piece) -> None:
+        """The piece is done with; its slot is free already."""
         self.held_bytes -= piece.nbytes
         self._holes.setdefault(whole_pages(piece.nbytes), []).append(piece.offset)
         if self.held_bytes == 0:

@@ -42,6 +42,14 @@ class Fp8Store:
             return self.store.get(handle)
         return widened(self.store.get(handle.narrow), handle.dtype).view(handle.shape)
 
+    def look(self, handle: Handle | NarrowHandle) -> torch.Tensor:
+        if isinstance(handle, Handle):
+            return self.store.look(handle)
+        return widened(self.store.look(handle.narrow), handle.dtype).view(handle.shape)
+
+    def start(self, handle: Handle | NarrowHandle) -> None:
+        self.store.start(handle if isinstance(handle, Handle) else handle.narrow)
+
 
 def narrowed(tensor: torch.Tensor) -> torch.Tensor:
     """[..., width] -> uint8 [rows, width + 4]: each row's elements, and the float32 that they are multiplied by."""

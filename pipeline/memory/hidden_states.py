@@ -4,6 +4,8 @@ What computes reads and writes some rows at a time. On the device rows are views
 is read next is on its way. There a layer's output is also the next layer's checkpoint: it waits where it is.
 """
 
+import ctypes
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -19,34 +21,36 @@ class Link:
     Then its gradient comes from there, fresh, and is nobody else's: it may be overwritten.
     """
 
-    data_ptr: int
     is_direct: bool = False
 
 
 class OnDevice:
-    """Whole hidden states on the device that computes."""
+    """Whole hidden states on the device that computes; `between_layers`, or inside of one, where nobody links."""
 
-    host_bytes = 0
-
-    def __init__(self) -> None:
-        self._last: Link | None = None
+    def __init__(self, *, between_layers: bool = True) -> None:
+        self._between_layers = between_layers
+        self._last: tuple[Link, torch.Tensor] | None = None
+        """The newest output. It is held until it is taken: its address is nobody else's so long."""
 
     def entered(self, hidden_states: torch.Tensor) -> None:
         """One of our functions takes these as its input."""
-        if self._last is not None and self._last.data_ptr == hidden_states.data_ptr():
-            self._last.is_direct = True
+        last, self._last = self._last, None
+        if last is not None and last[1].data_ptr() == hidden_states.data_ptr():
+            last[0].is_direct = True
 
     def made(self, hidden_states: torch.Tensor) -> Link:
         """One of our functions returns these."""
-        self._last = Link(hidden_states.data_ptr())
-        return self._last
+        link = Link()
+        if self._between_layers:
+            self._last = (link, hidden_states.detach())
+        return link
 
     def begin(self) -> None:
-        """A micro-batch begins; nothing is left of the one before."""
+        """A forward begins."""
         self._last = None
 
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, *, kept: bool = True) -> torch.Tensor:
-        """For hidden states, or their gradient. `kept`: a backward follows, which gives them back."""
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """For hidden states, or their gradient; free again once nobody holds it."""
         return torch.empty(shape, dtype=dtype, device=device)
 
     def start(self, whole: torch.Tensor, rows: slice, device: torch.device) -> None:
@@ -62,9 +66,6 @@ class OnDevice:
     def settle(self) -> None:
         """What was written is there, for everybody."""
 
-    def give_back(self, data_ptr: int) -> None:
-        """Nobody reads what lies there again."""
-
 
 class InHostMemory(OnDevice):
     """Whole hidden states in host memory, pinned where there is a GPU."""
@@ -72,30 +73,20 @@ class InHostMemory(OnDevice):
     def __init__(self, *, capacity_bytes: int = 0, pinned: bool) -> None:
         super().__init__()
         self._copies: Copies | StreamCopies = StreamCopies() if pinned else Copies()
-        self._arena = HostArena(capacity_bytes=capacity_bytes, pinned=pinned)
-        self._taken: dict[int, torch.Tensor] = {}
-        """By address."""
-        self._free: list[torch.Tensor] = []
+        self._pool = _Pool(HostArena(capacity_bytes=capacity_bytes, pinned=pinned))
         self._coming: dict[tuple[int, int], Handle] = {}
 
     @property
     def arena(self) -> HostArena:
-        return self._arena
+        return self._pool.arena
 
     def begin(self) -> None:
         super().begin()
-        self._free += self._taken.values()
-        self._taken.clear()
         self._coming.clear()
+        self._pool.forget()
 
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, *, kept: bool = True) -> torch.Tensor:
-        if not kept:
-            return torch.empty(shape, dtype=dtype)
-        like = torch.empty(shape, dtype=dtype, device="meta")
-        fitting = next((n for n, piece in enumerate(self._free) if piece.shape == shape and piece.dtype == dtype), None)
-        piece = self._arena.take(like)[1] if fitting is None else self._free.pop(fitting)
-        self._taken[piece.data_ptr()] = piece
-        return same_memory(piece)
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self._pool.empty(shape, dtype)
 
     def start(self, whole: torch.Tensor, rows: slice, device: torch.device) -> None:
         key = (whole.data_ptr(), rows.start)
@@ -115,10 +106,33 @@ class InHostMemory(OnDevice):
     def settle(self) -> None:
         self._copies.settle()
 
-    def give_back(self, data_ptr: int) -> None:
-        piece = self._taken.pop(data_ptr, None)
-        if piece is not None:
-            self._free.append(piece)
+
+class _Pool:
+    """Tensors in an arena. Each lives as long as somebody holds it or a view of it, as on a device."""
+
+    def __init__(self, arena: HostArena) -> None:
+        self.arena = arena
+        self._free: dict[int, list[torch.Tensor]] = {}
+        self._lent = 0
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        free = self._free.setdefault(like.nbytes, [])
+        piece = free.pop() if free else self.arena.take(torch.empty(like.nbytes, dtype=torch.uint8, device="meta"))[1]
+        lease = (ctypes.c_uint8 * like.nbytes).from_address(piece.data_ptr())
+        weakref.finalize(lease, self._give_back, piece)
+        self._lent += 1
+        return same_memory(torch.frombuffer(lease, dtype=dtype).view(shape))
+
+    def _give_back(self, piece: torch.Tensor) -> None:
+        self._free[piece.nbytes].append(piece)
+        self._lent -= 1
+
+    def forget(self) -> None:
+        """Memory of one shape may serve another from here on, if none of it is lent."""
+        if not self._lent:
+            self._free.clear()
+            self.arena.clear()
 
 
 def same_memory(tensor: torch.Tensor) -> torch.Tensor:

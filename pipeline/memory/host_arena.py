@@ -16,7 +16,10 @@ from pipeline.plan.host_memory import ARENA_ALIGNMENT as ALIGNMENT
 GROWTH_BYTES = 64 << 20  # of a block that was not planned: small runs and tests
 GIB = 1 << 30
 CGROUPS, MEMBERSHIP, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
-REMEDY = "raise memory.activation_checkpoint.layers_per_group, set keep_attention: false, offload: disk, or more nodes"
+REMEDY = (
+    "raise memory.activation_checkpoint.layers_per_group, set keep_attention: false, offload: disk, with "
+    "sequence_chunks hidden_states: gpu or keys_values: gpu, or more nodes"
+)
 
 
 class HostArena:
@@ -64,6 +67,12 @@ class HostArena:
             self._returned.discard(len(self._taken) - 1)
             block, begin = self._taken.pop()
             self._tops[block] = begin
+
+    def clear(self) -> None:
+        """All that was taken is done with."""
+        self._taken.clear()
+        self._returned.clear()
+        self._tops = [0] * len(self._blocks)
 
     def _grow(self, size: int) -> None:
         self._blocks.append(host_block(size, pinned=self._pinned))

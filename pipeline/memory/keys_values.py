@@ -24,6 +24,10 @@ class DeviceBlocks:
         self._blocks: dict[int, Pair] = {}
         self._sums: dict[int, Pair] = {}
 
+    def begin(self) -> None:
+        self._blocks.clear()
+        self._sums.clear()
+
     def put(self, chunk: int, keys_values: Pair) -> None:
         self._blocks[chunk] = keys_values
 
@@ -57,6 +61,11 @@ class HostBlocks:
     @property
     def arena(self) -> HostArena:
         return self._arena
+
+    def begin(self) -> None:
+        self._there.clear()
+        self._places.clear()
+        self._arena.clear()
 
     def put(self, chunk: int, keys_values: Pair) -> None:
         self._send_pair(chunk, BLOCK, keys_values)

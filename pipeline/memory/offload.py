@@ -29,6 +29,14 @@ class Store(Protocol):
 
     def get(self, handle: Any) -> torch.Tensor: ...
 
+    def look(self, handle: Any) -> torch.Tensor:
+        """The tensor, which goes on waiting where it is."""
+        ...
+
+    def start(self, handle: Any) -> None:
+        """It will be asked for next."""
+        ...
+
 
 @dataclass(eq=False)
 class Handle:
@@ -135,6 +143,18 @@ class HostStore:
             self._start_reading(below)
         return tensor
 
+    @waiting("offload_stall")
+    def look(self, handle: Handle) -> torch.Tensor:
+        if not handle.was_sent:
+            return unchanged(handle)
+        tensor = self._on_device(handle)
+        handle.resident = None
+        return tensor
+
+    def start(self, handle: Handle) -> None:
+        if handle.was_sent:
+            self._fetch(handle)
+
     def _send(self, handle: Handle) -> None:
         assert self._copies is not None
         tensor = unchanged(handle)
@@ -172,17 +192,24 @@ class HostStore:
         assert self._copies is not None
         assert self.disk is not None
         self._copies.fetch(self.disk.fetched(piece), handle)
-        self.disk.give_back(piece, read_by=handle.arrival)
+        self.disk.free_slot(piece, read_by=handle.arrival)
 
-    def _brought_back(self, handle: Handle) -> torch.Tensor:
+    def _on_device(self, handle: Handle) -> torch.Tensor:
+        """What was sent, once it is back."""
         assert self._copies is not None
         if handle.piece is not None and handle.resident is None:
             assert self.disk is not None
             self.disk.start_reading(handle.piece, wait_for_slot=True)
             self._fetch_piece(handle, handle.piece)
         self._fetch(handle)
-        tensor = self._copies.arrived(handle)
-        if handle.piece is None:
+        return self._copies.arrived(handle)
+
+    def _brought_back(self, handle: Handle) -> torch.Tensor:
+        tensor = self._on_device(handle)
+        if handle.piece is not None:
+            assert self.disk is not None
+            self.disk.give_back(handle.piece)
+        else:
             assert self._arena is not None
             self._arena.give_back(handle.number)
             self.held_bytes -= handle.nbytes
@@ -255,6 +282,7 @@ class StreamCopies:
     def settle(self) -> None:
         """Waits on the host: from here on it, too, may read what was sent."""
         self._out.synchronize()
+        self._leaving.clear()
 
 
 class DeviceStore:
@@ -272,3 +300,9 @@ class DeviceStore:
         tensor = unchanged(handle)
         handle.resident = None
         return tensor
+
+    def look(self, handle: Handle) -> torch.Tensor:
+        return unchanged(handle)
+
+    def start(self, handle: Handle) -> None:
+        """It is there."""

@@ -60,7 +60,12 @@ def attach(model: nn.Module, waiting: Waiting, *, layers_per_group: int = 1) -> 
             "model.config.output_router_logits = True: must be false, chunks give recorded router logits no gradient; "
             "set model.config.output_router_logits=false"
         )
-    model.register_forward_pre_hook(lambda *_: waiting.states.begin())
+
+    def begin(*_: Any) -> None:
+        waiting.states.begin()
+        waiting.blocks.begin()
+
+    model.register_forward_pre_hook(begin)
     layers = decoder_layers(model)
     for first in range(0, len(layers), layers_per_group):
         group = _Group([_ChunkedLayer(layer, waiting) for layer in layers[first : first + layers_per_group]])
@@ -130,16 +135,26 @@ class _Kept:
         self._store = store
         self._handles: dict[int, tuple[Any, Any]] = {}
 
-    def tape(self, chunk: int) -> AttentionTape:
-        """With what was kept of the chunk, which leaves the store, or empty."""
-        if chunk not in self._handles:
-            return AttentionTape()
+    def take(self, chunk: int) -> AttentionTape:
+        """A tape with what was kept of the chunk, which leaves the store."""
         out, lse = self._handles.pop(chunk)
         return AttentionTape([(self._store.get(out), self._store.get(lse))])
 
-    def put(self, chunk: int, tape: AttentionTape) -> None:
-        ((out, lse),) = tape.outputs
-        self._handles[chunk] = self._store.put(out), self._store.put(lse, exact=True)
+    def look(self, chunk: int) -> AttentionTape:
+        """A tape with what was kept of the chunk, which stays there; the next chunk's is on its way. Empty if nothing
+        was."""
+        if chunk not in self._handles:
+            return AttentionTape()
+        out, lse = (self._store.look(handle) for handle in self._handles[chunk])
+        for handle in self._handles.get(chunk + 1, ()):
+            self._store.start(handle)
+        return AttentionTape([(out, lse)])
+
+    def keep(self, chunk: int, tape: AttentionTape) -> None:
+        """What the kernel gave, unless it is there already."""
+        if chunk not in self._handles:
+            ((out, lse),) = tape.outputs
+            self._handles[chunk] = self._store.put(out), self._store.put(lse, exact=True)
 
 
 @dataclass(eq=False)
@@ -185,7 +200,7 @@ class _ChunkedLayer:
             raise RunError(f"{type(layer).__name__} lost attention_context on its way; this model is not supported")
         call = _Call(others, keywords, context.in_chunks)
         if not torch.is_grad_enabled():
-            out = self.empty_output(call, hidden_states, kept=self.runs_again_on is not None)
+            out = self.empty_output(call, hidden_states)
             self.run(call, hidden_states, out, self.runs_again_on)
             return out
         refuse_gradients_of_others(keywords, others)
@@ -199,8 +214,8 @@ class _ChunkedLayer:
         )
         return chunked
 
-    def empty_output(self, call: _Call, hidden_states: torch.Tensor, *, kept: bool = True) -> torch.Tensor:
-        return self.waiting.states.empty(hidden_states.shape, hidden_states.dtype, call.device, kept=kept)
+    def empty_output(self, call: _Call, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.waiting.states.empty(hidden_states.shape, hidden_states.dtype, call.device)
 
     @torch.no_grad()
     def run(
@@ -215,19 +230,21 @@ class _ChunkedLayer:
         states, blocks = self.waiting.states, self.waiting.blocks
         for chunk, x in self._chunks(call, hidden_states):
             attention = ChunkAttention(call.sample, chunk, blocks)
-            tape = None if kept is None else kept.tape(chunk)
+            tape = None if kept is None else kept.look(chunk)
             states.write(out, call.rows[chunk], self._chunk(call, x, attention, tape))
             if kept is not None and tape is not None:
-                kept.put(chunk, tape)
+                kept.keep(chunk, tape)
             after_chunk(chunk)
             for seen in range(call.sample.first_seen(chunk + 1, attention.window)):
                 blocks.drop(seen)
         states.settle()
 
-    def _chunks(self, call: _Call, *wholes: torch.Tensor, reverse: bool = False) -> Iterator[tuple[Any, ...]]:
-        """(chunk, its part of each, on the device); the parts of the chunk after it are on their way."""
+    def _chunks(
+        self, call: _Call, *wholes: torch.Tensor, order: Sequence[int] | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """(chunk, its part of each, on the device), of all chunks or of those in `order`; the next is on its way."""
         states = self.waiting.states
-        order = list(range(len(call.rows)))[:: -1 if reverse else 1]
+        order = range(len(call.rows)) if order is None else order
         for chunk, following in zip(order, [*order[1:], None], strict=True):
             parts = [states.read(whole, call.rows[chunk], call.device) for whole in wholes]
             if following is not None:
@@ -251,12 +268,8 @@ class _ChunkedLayer:
     @torch.no_grad()
     def rebuild_keys(self, call: _Call, hidden_states: torch.Tensor) -> None:
         """Keys and values of all chunks but the last, whose own run makes them."""
-        if len(call.rows) == 1:
-            return
         with _without_queries(self.layer):
-            for chunk, x in self._chunks(call, hidden_states):
-                if chunk == len(call.rows) - 1:
-                    return
+            for chunk, x in self._chunks(call, hidden_states, order=range(len(call.rows) - 1)):
                 with suppress(KeysAreThereError):
                     self._chunk(call, x, ChunkAttention(call.sample, chunk, self.waiting.blocks, only_keys=True), None)
 
@@ -273,9 +286,9 @@ class _ChunkedLayer:
         states, blocks = self.waiting.states, self.waiting.blocks
         trained = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         sums: list[torch.Tensor | None] = [None] * len(trained)
-        for chunk, x, dy in self._chunks(call, hidden_states, grad, reverse=True):
+        for chunk, x, dy in self._chunks(call, hidden_states, grad, order=range(len(call.rows))[::-1]):
             x = x.detach().requires_grad_()
-            tape = None if kept is None else kept.tape(chunk)
+            tape = None if kept is None else kept.take(chunk)
             if tape is not None:
                 tape.rewind(for_last_run=True)
             with torch.enable_grad():
@@ -327,7 +340,6 @@ class _ChunkedLayerFunction(torch.autograd.Function):
         waiting, link, grad = chunked.waiting, ctx.link, grads[0]
         layers, states = chunked.group.layers, waiting.states
         if chunked is layers[-1]:  # the first to come
-            states.give_back(link.data_ptr)
             _run_again(layers, ctx.under_way)
         hidden_states, kept = ctx.under_way.inputs.pop(), ctx.under_way.kept.pop()
         dhidden = grad if link.is_direct else states.empty(hidden_states.shape, grad.dtype, grad.device)
@@ -337,8 +349,6 @@ class _ChunkedLayerFunction(torch.autograd.Function):
         if not ctx.keys_values:
             chunked.rebuild_keys(ctx.call, hidden_states)
         sums = chunked.backward(ctx.call, hidden_states, grad, dhidden, kept)
-        if chunked is not layers[0]:  # it was made again for this
-            states.give_back(hidden_states.data_ptr())
         return None, None, None, dhidden, *as_gradients(ctx.parameters, sums)
 
 
@@ -366,8 +376,10 @@ def _run_again(layers: Sequence[_ChunkedLayer], under_way: _Pass) -> None:
         for number, (chunked, call) in enumerate(zip(layers[:-1], under_way.calls, strict=False)):
             kept = under_way.kept[number] or _Kept(waiting.live_outputs)
             under_way.kept[number] = chunked.runs_again_on = kept
-            under_way.inputs.append(chunked.layer(under_way.inputs[-1], *call.others, **call.keywords))
-            chunked.runs_again_on = None
+            try:
+                under_way.inputs.append(chunked.layer(under_way.inputs[-1], *call.others, **call.keywords))
+            finally:
+                chunked.runs_again_on = None
 
 
 @contextmanager

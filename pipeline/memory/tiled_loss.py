@@ -175,7 +175,7 @@ def tiled_loss(
     hidden_states [1, S, hidden]; weight [vocab, hidden]; bias [vocab] or None; labels int64 [1, S]; token_losses
     [S], filled with the loss of each token, 0 where its label does not count.
     """
-    states = states or OnDevice()
+    states = states or OnDevice(between_layers=False)
     states.entered(hidden_states)
     loss: torch.Tensor = _TiledLoss.apply(
         hidden_states, weight, bias, labels, tile_tokens, transform, token_losses, states
@@ -234,7 +234,6 @@ class _TiledLoss(torch.autograd.Function):
         for rows, tile in tiles(dhidden, ctx.tile_tokens, states, ctx.device):
             states.write(scaled, rows, (tile.to(factor.dtype) * factor).to(dhidden.dtype))
         states.settle()
-        states.give_back(dhidden.data_ptr())
         dbias = None if dbias is None else (dbias * factor).to(ctx.weight_dtype)
         return scaled, (dweight * factor).to(ctx.weight_dtype), dbias, None, None, None, None, None
 

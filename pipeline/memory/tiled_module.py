@@ -24,12 +24,21 @@ class TiledModule(nn.Module):
     feature: str
     """Of the recipe, for messages"""
 
-    def __init__(self, stock: nn.Module, *, tile_tokens: int, states: OnDevice | None = None) -> None:
+    def __init__(
+        self,
+        stock: nn.Module,
+        *,
+        tile_tokens: int,
+        states: OnDevice | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = stock._modules, stock._parameters, stock._buffers
         self.tile_tokens = tile_tokens
-        self.states = states or OnDevice()
+        self.states = states or OnDevice(between_layers=False)
         """Where its input and output lie."""
+        self.device = device
+        """That computes; None is that of its parameters, or of its input."""
         # In a tuple, or nn.Module would register it and every parameter would have a second name.
         self._stock = (stock,)
 
@@ -43,8 +52,8 @@ class TiledModule(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         if others or named:
             raise RunError(f"{type(self.stock).__name__} takes more than hidden states; set {self.feature}: null")
-        device = next((parameter.device for parameter in self.parameters()), hidden_states.device)
-        run = _Tile(self.stock, self.feature, self.tile_tokens, self.states, device, kept=torch.is_grad_enabled())
+        device = self.device or next((parameter.device for parameter in self.parameters()), hidden_states.device)
+        run = _Tile(self.stock, self.feature, self.tile_tokens, self.states, device)
         self.states.entered(hidden_states)
         out: torch.Tensor = _Tiled.apply(run, hidden_states, *self.parameters())
         return out if run.others is None else (out, *[None] * run.others)
@@ -65,11 +74,9 @@ class _Tile:
         tile_tokens: int,
         states: OnDevice,
         device: torch.device,
-        *,
-        kept: bool,
     ) -> None:
         self.module, self.feature = module, feature
-        self.tile_tokens, self.states, self.device, self.kept = tile_tokens, states, device, kept
+        self.tile_tokens, self.states, self.device = tile_tokens, states, device
         self.others: int | None = None
         """How many values follow the output in the tuple that the module returns; None if it returns no tuple."""
 
@@ -113,19 +120,18 @@ class _Tiled(torch.autograd.Function):
             y = run(x)
             if out is None:
                 shape = (*hidden_states.shape[:2], *y.shape[2:])
-                out = run.states.empty(torch.Size(shape), y.dtype, y.device, kept=run.kept)
+                out = run.states.empty(torch.Size(shape), y.dtype, y.device)
             run.states.write(out, rows, y)
             del y
         assert out is not None, "a sequence has tokens"
         run.states.settle()
-        ctx.link = run.states.made(out)
+        run.states.made(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (whole,) = ctx.saved_tensors
         run, grad = ctx.run, grads[0]
-        run.states.give_back(ctx.link.data_ptr)
         has_gradient = whole.is_floating_point()  # token ids have none
         dwhole = run.states.empty(whole.shape, whole.dtype, whole.device) if has_gradient else None
         trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]
@@ -140,8 +146,6 @@ class _Tiled(torch.autograd.Function):
                 run.states.write(dwhole, rows, found.pop(0))
             sums = [add_in_float32(total, one) for total, one in zip(sums, found, strict=True)]
         run.states.settle()
-        if ctx.link.is_direct:
-            run.states.give_back(grad.data_ptr())
         return None, dwhole, *as_gradients(ctx.parameters, sums)
 
 

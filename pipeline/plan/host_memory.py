@@ -97,11 +97,11 @@ def keys_values(at: Sizes) -> tuple[Term, ...]:
 
 
 def hidden_states(at: Sizes) -> tuple[Term, ...]:
-    """Of a rank, beside the inputs of groups of layers: behind the last layer its output, the last norm's, and two
-    gradients; before, a gradient and the inputs of the live group's other layers."""
+    """Of a rank, beside the inputs of groups of layers: behind the last layer its output, and the last norm's with its
+    gradient or two gradients; before, a gradient and the inputs of the live group's other layers."""
     if not at.hidden_on_host:
         return ()
-    beside = ("outputs, gradients, or the live group's inputs", max(4, at.layers_per_group))
+    beside = ("outputs, gradients, or the live group's inputs", max(3, at.layers_per_group))
     return (term("hidden states that wait for no backward", ("bytes", at.d), at.n, at.h, beside),)
 
 

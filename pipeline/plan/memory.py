@@ -220,7 +220,9 @@ class Sizes:
     def disk_groups(self) -> tuple[int, ...]:
         """Numbers of the groups that wait on disk: spread, so that it is busy throughout, and the first among them."""
         feature, sent = self.recipe.memory.activation_checkpoint, self.sent_groups
-        count = 0 if feature is None or feature.offload != "disk" else min(feature.resolved.disk_groups, sent)
+        nothing = self.hidden_on_host and not (self.keeps_attention or self.keeps_keys)  # but what waits there anyway
+        on_disk = feature is not None and feature.offload == "disk" and not nothing
+        count = min(feature.resolved.disk_groups, sent) if feature is not None and on_disk else 0
         return tuple(group for group in range(sent) if group * count % sent < count)
 
     @property

@@ -40,6 +40,11 @@ class Offload:
     keys_values_bytes: int = 0
     """Of host memory for a layer's keys and values, and their gradients."""
 
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory in all."""
+        return self.arena_bytes + self.staging_bytes + self.hidden_states_bytes + self.keys_values_bytes
+
     def is_on_disk(self, position: int) -> bool:
         """Whether the tensor that is put after `position` others waits on disk."""
         return position // self.tensors_per_group in self.disk_groups
@@ -74,7 +79,7 @@ def _hidden_states_bytes(at: Sizes) -> int:
     if not at.hidden_on_host:
         return 0
     whole = (kept_inputs(at, ("groups of layers", at.groups)), *hidden_states(at))
-    return _bytes(whole) + ARENA_ALIGNMENT * (at.groups + max(4, at.layers_per_group))
+    return _bytes(whole) + ARENA_ALIGNMENT * (at.groups + max(3, at.layers_per_group))
 
 
 def _bytes(terms: tuple[Term, ...]) -> int:

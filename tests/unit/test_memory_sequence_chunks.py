@@ -173,15 +173,15 @@ def test_after_backward_everything_is_given_back(settings):
 
 
 def test_in_host_memory_a_layers_output_is_the_next_ones_checkpoint():
-    """Groups + 1 hidden states, the last norm's, and two gradients; inside a group outputs lie over inputs."""
+    """Beside the groups' inputs three more: the last layer's and the last norm's output and its gradient, or two
+    gradients. In a group that is live its layers' inputs; outputs lie over inputs in forward."""
     one = BOUNDS[-1] * ARCHITECTURES["llama"]["hidden_size"] * 8
-    for layers_per_group, live in ((1, 0), (2, 1)):
+    for layers_per_group in (1, 2, LAYERS):
         model = tiny()
         attached = in_chunks(model, ON_HOST, f"{CHECKPOINT}={{layers_per_group: {layers_per_group}}}")
         loss_of(model).backward()
         groups = -(-LAYERS // layers_per_group)
-        held = attached.arenas[0].peak_bytes / one
-        assert groups + 1 + 1 + 2 <= held + 0.05 <= groups + 1 + 1 + 2 + live + 0.1, (layers_per_group, held)
+        assert attached.arenas[0].peak_bytes / one == pytest.approx(groups + max(3, layers_per_group), abs=0.1)
 
 
 @pytest.mark.parametrize("places", [ON_DEVICE, ON_HOST])
@@ -219,6 +219,129 @@ def test_a_gradient_that_others_need_is_not_overwritten(places):
         changed.model.layers[1] = Skipping(changed.model.layers[1])
         changed.model.layers[3] = Skipping(changed.model.layers[3])
     assert_trained_as_stock(model, stock)
+
+
+class Adding(nn.Module):
+    """A layer and two sums behind it: the second may lie where the layer's output lay."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: torch.Tensor, **others) -> torch.Tensor:
+        out = self.layer(hidden_states, **others)
+        out = out + hidden_states
+        return out + hidden_states
+
+
+@pytest.mark.parametrize("places", [ON_DEVICE, ON_HOST])
+def test_an_address_that_is_used_again_is_not_taken_for_the_same_tensor(places):
+    model, stock = (
+        tiny(),
+        build_tiny("llama", ARCHITECTURES["llama"] | {"num_hidden_layers": LAYERS}, attention="eager"),
+    )
+    in_chunks(model, places)
+    for changed in (model, stock):
+        for number in (1, 3):
+            changed.model.layers[number] = Adding(changed.model.layers[number])
+    assert_trained_as_stock(model, stock)
+
+
+@pytest.mark.parametrize("places", [ON_DEVICE, ON_HOST])
+def test_a_forward_without_gradients_may_come_between_forward_and_backward(places):
+    model, other = tiny(), tiny()
+    for attached in (model, other):
+        in_chunks(attached, places, f"{CHECKPOINT}={{keep_attention: true, layers_per_group: 2}}")
+    loss_of(other).backward()
+    loss = loss_of(model)
+    with torch.no_grad():
+        loss_of(model)
+    loss.backward()
+    for (name, one), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.grad, same.grad), name
+
+
+@pytest.mark.parametrize("places", [ON_DEVICE, ON_HOST])
+def test_a_step_that_failed_leaves_nothing_to_the_next(places):
+    class Failing(CpuKernel):
+        calls = 0
+
+        def backward(self, *args):
+            self.calls += 1
+            if self.calls == 6:
+                raise ZeroDivisionError
+            return super().backward(*args)
+
+    model, other = tiny(), tiny()
+    for attached in (model, other):
+        in_chunks(attached, places)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(model, Failing()).backward()
+    model.zero_grad()
+    for attached in (model, other):
+        loss_of(attached).backward()
+    for (name, one), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.grad, same.grad), name
+
+
+def test_a_shorter_sample_before_takes_no_memory_from_the_next():
+    """The self-check's."""
+    peaks = []
+    for shorter in (False, True):
+        model = tiny()
+        attached = in_chunks(model, ON_HOST)
+        if shorter:
+            short(model).backward()
+        loss_of(model).backward()
+        peaks.append([arena.peak_bytes for arena in attached.arenas])
+    assert peaks[0] == peaks[1]
+
+
+def short(model: PreTrainedModel) -> torch.Tensor:
+    """The loss of the first document alone."""
+    stop = BOUNDS[1]
+    segments = segments_of(torch.tensor([0, stop], dtype=torch.int32), device=torch.device("cpu"))
+    mesh = Mesh(rank=0, world_size=1, sp=1, sp_group=None)
+    context = AttentionContext(segments, mesh, CpuKernel(), Layout(stop, 1, 8))
+    inputs = {name: tensor[:, :stop] for name, tensor in sample(model.config.vocab_size).items()}
+    return model(**inputs, attention_context=context)
+
+
+class Watching(HostBlocks):
+    """Knows how many blocks of keys are on the device."""
+
+    most = 0
+
+    def add_grads(self, chunk, rows, grads):
+        super().add_grads(chunk, rows, grads)
+        there = sum(handle.resident is not None for (_, kind), handle in self._there.items() if kind == "k")
+        self.most = max(self.most, there)
+
+
+def test_of_blocks_in_host_memory_the_device_holds_the_next_one_alone():
+    blocks = Watching(pinned=False)
+    for chunk in range(6):
+        blocks.put(chunk, (torch.ones(4, 1, 2), torch.ones(4, 1, 2)))
+    for chunk in reversed(range(6)):
+        for earlier in range(chunk):
+            blocks.get(earlier)
+            if earlier + 1 < chunk:
+                blocks.start(earlier + 1, grads=True)
+            blocks.add_grads(earlier, slice(0, 4), (torch.ones(4, 1, 2), torch.ones(4, 1, 2)))
+        blocks.take_grads(chunk)
+        blocks.drop(chunk)
+    assert blocks.most == 1
+
+
+@pytest.mark.parametrize("layers_per_group", [2, LAYERS])
+@pytest.mark.parametrize("places", [ON_DEVICE, ON_HOST])
+def test_what_is_kept_of_attention_is_looked_at_where_it_waits_when_a_group_runs_again(places, layers_per_group):
+    model = tiny()
+    attached = in_chunks(model, places, f"{CHECKPOINT}={{keep_attention: true, layers_per_group: {layers_per_group}}}")
+    loss = loss_of(model)
+    waiting = attached.store.peak_bytes
+    loss.backward()
+    assert attached.store.peak_bytes == waiting
 
 
 def test_a_model_that_changes_hidden_states_between_its_layers_is_not_grouped():
@@ -287,10 +410,15 @@ def test_rows_in_host_memory_are_read_and_written_and_memory_is_used_again():
     states.settle()
     states.start(first, slice(2, 5), device)
     assert states.read(first, slice(2, 5), device).tolist() == torch.ones(1, 3, 3).tolist()
-    states.give_back(first.data_ptr())
-    assert states.empty(shape, torch.float32, device).data_ptr() == first.data_ptr()
+    address, view = first.data_ptr(), first[:, 1:]
+    del first
+    assert states.empty(shape, torch.float32, device).data_ptr() != address, "a view of it is held"
+    del view
+    assert states.empty(shape, torch.float32, device).data_ptr() == address
+    del second
     states.begin()
-    assert len({states.empty(shape, torch.float32, device).data_ptr() for _ in range(2)}) == 2
+    wider = states.empty(torch.Size((1, 12, 3)), torch.float32, device)
+    assert wider.data_ptr() == address, "nothing is lent: the memory of one shape serves another"
 
 
 # Broken on purpose: what the comparison with the stock model must see
