@@ -50,7 +50,7 @@ GRACE_SECONDS = 25.0
 """What a bench may take beyond its minutes, to end a run and write."""
 TELL_SECONDS = 10.0
 """Between two looks at what an experiment has found so far."""
-LAST_SECONDS = 30.0
+LAST_SECONDS = 50.0
 """Of all the time, kept for that of the last one."""
 LEAST_MINUTES = 0.5
 """An experiment is not begun with less."""
@@ -207,6 +207,10 @@ class Journey:
     def run(self, experiments: Sequence[Experiment] = EXPERIMENTS) -> None:
         """Every experiment for which there is time; what was found is in `output` after each."""
         end = self.now() + 60 * self.minutes - LAST_SECONDS
+        if not (self.kit / "corpus" / "manifest.json").is_file():
+            raise SystemExit(
+                f"{self.kit}: no kit; make it with `python benchmarks/gpu_kit.py prepare`, and carry it along"
+            )
         self.output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(WORK, ignore_errors=True)
         variables = self._installed()
@@ -288,6 +292,15 @@ class Journey:
             log.write(f"\n== {line}\n")
 
 
+def chosen(names: str) -> tuple[Experiment, ...]:
+    """The experiments of these names, in the plan's order. Raises SystemExit for one that is none."""
+    asked = [name for name in names.split(",") if name]
+    known = [experiment.name for experiment in EXPERIMENTS]
+    if unknown := [name for name in asked if name not in known]:
+        raise SystemExit(f"--only {unknown[0]}: no such experiment; use some of {', '.join(known)}")
+    return tuple(experiment for experiment in EXPERIMENTS if not asked or experiment.name in asked)
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """And all that it started: a bench that is told to go ends its runs."""
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -345,7 +358,8 @@ def main() -> None:
         case "prepare":
             prepare(asked.kit.resolve())
         case "run":
-            Journey(asked.kit.resolve(), asked.output.resolve(), asked.minutes, asked.rehearse).run()
+            journey = Journey(asked.kit.resolve(), asked.output.resolve(), asked.minutes, asked.rehearse)
+            journey.run(chosen(asked.only))
         case "keep":
             keep(asked.results, asked.folder)
         case _:

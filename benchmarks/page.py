@@ -114,6 +114,9 @@ def _rate(speed: float) -> str:
 
 def measured_lines() -> Iterator[str]:
     found = sorted(RESULTS.glob("*/results.json"))
+    if not found:
+        yield "No bench is committed yet: not yet measured on a GPU, and a CPU's figures say nothing of one."
+        return
     yield "| bench | machine | when | commit | rows | judged by the goals | again |"
     yield "|---" * 7 + "|"
     for path in found:

@@ -47,8 +47,8 @@ ClusterOption = Annotated[
 RungsOption = Annotated[
     str,
     typer.Option(
-        help="Feature sets, each the one before and more: baseline, tiled-loss, tiled-mlp, offload, tiled-norm, "
-        "keep-attention, layer-groups; `all` of them; `recipe`: as the recipe has them."
+        help="Feature sets, each the one before and more: baseline, tiled-loss, tiled-mlp, offload, and on to `all`; "
+        "`recipe`: as the recipe has them. A wrong name lists them."
     ),
 ]
 EnginesOption = Annotated[

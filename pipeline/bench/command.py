@@ -10,7 +10,7 @@ from pipeline.bench.machine import machine_here
 from pipeline.bench.options import check_asked, engines_of, layers_of, lengths_of, rung_names, tokens_of
 from pipeline.bench.report import write_report
 from pipeline.bench.results import Asked
-from pipeline.bench.sweep import full_layers, start
+from pipeline.bench.sweep import INTERRUPTED, full_layers, start
 from pipeline.plan.run_dir import runs_root
 
 
@@ -42,7 +42,10 @@ def run_bench(
     resume: bool,
     tell: Callable[[str], None],
 ) -> Path:
-    """Measure, and write the page; its path. Raises UserError where something must change first."""
+    """Measure, and write the page; its path.
+
+    Raises UserError where something must change first, and KeyboardInterrupt, the page written, if it was interrupted.
+    """
     lengths = lengths_of(options.lengths)
     check_asked(lengths, find_max=options.find_max)
     rungs, engines = rung_names(options.rungs), engines_of(options.engines)
@@ -74,4 +77,7 @@ def run_bench(
         full_layers=full_layers(basis),
     )
     results = start(asked, basis, folder, minutes=minutes, timeout_seconds=timeout_seconds, resume=resume, tell=tell)
-    return write_report(results, folder)
+    page = write_report(results, folder)
+    if results.ended == INTERRUPTED:
+        raise KeyboardInterrupt
+    return page

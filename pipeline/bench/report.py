@@ -75,17 +75,18 @@ def conditions(results: Results) -> Iterator[str]:
     found, asked = results.conditions, results.asked
     machine: Mapping[str, Any] = found["machine"]
     gpu = f"{machine['gpus']} x {machine['gpu_name']}, driver {machine['driver']}" if machine["gpus"] else "no GPU"
+    host = f"{machine['cpu']}, {machine['cores']} cores, {machine['host_memory_gib']:.0f} GiB"
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    kernels = sorted({row.attention for row in results.rows if row.attention})
-    yield f"- Machine: {gpu}; {machine['cpu']}, {machine['cores']} cores, {machine['host_memory_gib']:.0f} GiB; "
-    yield f"  load before {found['load_before']:.1f}."
+    kernels = ", ".join(sorted({row.attention for row in results.rows if row.attention})) or "none ran"
+    layers = f"{_numbers(asked.layers)} of {asked.full_layers} layers"
+    yield f"- Machine: {gpu}; {host}; load before {found['load_before']:.1f}."
     yield f"- Code: commit {found['commit']}; Python {found['python']}, {packages}."
     yield f"- When: {found['began']}; ended: {results.ended}."
-    yield f"- Model: shapes of {asked.model or asked.recipe}, {_numbers(asked.layers)} of {asked.full_layers} layers,"
-    yield f"  {found['weights']} weights; attention kernels: {', '.join(kernels) or 'none ran'}."
-    yield f"- Data: {Path(found['data'].partition(':')[0]).name}{found['data'][found['data'].index(':') :]}."
-    yield f"- Steps: one is left out, medians over {asked.steps} a run, {asked.repeats} runs; each run's resolved plan "
-    yield "  and its own command are in results.json."
+    yield f"- Model: shapes of {asked.model or asked.recipe}, {layers}, {found['weights']} weights."
+    yield f"- Attention kernels: {kernels}."
+    yield f"- Data: {found['data']}."
+    yield f"- Steps: the first is left out, medians over {asked.steps} a run, {asked.repeats} runs of each speed."
+    yield "- The resolved plan and the command of every run are in results.json."
     yield f"- Again: `{found['command']}`"
 
 

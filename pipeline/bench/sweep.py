@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.cases import Basis, Case, Engine, config_of, plan_of
+from pipeline.bench.corpus import DOCUMENT_TOKENS
 from pipeline.bench.ladder import rungs_of
 from pipeline.bench.results import Asked, Results, load_average, opened
 from pipeline.bench.search import next_length
@@ -24,6 +25,9 @@ from pipeline.recipe.schema import Gpu
 PACKAGES = ("torch", "transformers", "deepspeed", "flash-attn", "flash-attn-4", "liger-kernel", "triton", "numpy")
 LEAST_TRIAL_SECONDS = 20.0
 """A run is not begun with less left: starting alone takes as long."""
+
+TIME_UP, INTERRUPTED = "its time was up; --resume goes on", "interrupted; --resume goes on"
+"""How a bench ended that is not finished."""
 
 Tell = Callable[[str], None]
 Trial = Callable[..., Row]
@@ -72,9 +76,9 @@ class Sweep:
                 for engine, rung, layers in self._searches():
                     self._search(engine, rung, layers)
         except TimeUpError:
-            ended = "its time was up; --resume goes on"
+            ended = TIME_UP
         except KeyboardInterrupt:
-            ended = "interrupted; --resume goes on"
+            ended = INTERRUPTED
         finally:
             signal.signal(signal.SIGTERM, before)
         self._keep(replace(self.results, ended=ended))
@@ -211,7 +215,7 @@ def conditions_of(basis: Basis) -> dict[str, Any]:
         "commit": commit(),
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "load_before": load_average(),
-        "data": f"{basis.corpus}: real text, one sample, taken again in every step",
+        "data": f"real text, rows of {DOCUMENT_TOKENS:,} tokens in {basis.corpus}; one sample, taken in every step",
         "weights": "random",
         "command": shlex.join(["alst", *sys.argv[1:]]),
     }

@@ -39,7 +39,7 @@ def results(*rows: Row, machine: Machine = H200) -> Results:
         "packages": {"torch": "2.13.0"},
         "began": "2026-11-28T22:00:00+0000",
         "load_before": 0.1,
-        "data": "/corpus: real text",
+        "data": "real text",
         "weights": "random",
         "command": "alst bench llama8b --lengths 128K",
     }

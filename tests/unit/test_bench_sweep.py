@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.bench import command
 from pipeline.bench.cases import Case, plan_of
 from pipeline.bench.results import Asked, Longest, Results, longest_of, opened, read_results
-from pipeline.bench.sweep import Clock, Sweep
+from pipeline.bench.sweep import INTERRUPTED, Clock, Sweep, conditions_of
 from pipeline.bench.trial import Bench, Outcome, Row
 from pipeline.errors import UserError
 from tests.unit.bench_support import CPU, asked, basis, measured, row
@@ -93,7 +94,7 @@ def test_an_interruption_leaves_the_rows_and_says_so(tmp_path):
             return super().__call__(case, *arguments, **options)
 
     results = sweep(asked(), Interrupted(), tmp_path)
-    assert (len(results.rows), results.ended) == (1, "interrupted; --resume goes on")
+    assert (len(results.rows), results.ended) == (1, INTERRUPTED)
 
 
 def test_a_plan_that_cannot_be_is_a_row(tmp_path):
@@ -144,3 +145,17 @@ def test_where_nothing_ran_the_longest_is_none():
     (found,) = longest_of([row(case, outcome=Outcome.OUT_OF_MEMORY)])
     assert found == Longest("alst", "offload", 2, None, "out of memory at 1,024")
     assert plan_of(case, basis()).seq_len == 1024
+
+
+def test_an_interrupted_bench_has_its_page_and_ends_as_interrupted(tmp_path, monkeypatch):
+    def interrupted(what, *_, **__):
+        return Results(what, conditions_of(basis()), (), INTERRUPTED)
+
+    monkeypatch.setattr(command, "start", interrupted)
+    monkeypatch.setattr(command, "corpus_in", lambda *_, **__: tmp_path)
+    options = command.Options("tiny", (), "1K", False, "all", "alst", None, "2", 1, 1, "8M", "16K")
+    with pytest.raises(KeyboardInterrupt):
+        command.run_bench(
+            options, data=None, output=tmp_path, minutes=None, timeout_seconds=1, resume=False, tell=lambda _: None
+        )
+    assert INTERRUPTED in (tmp_path / "results.md").read_text()
