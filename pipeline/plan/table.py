@@ -217,6 +217,7 @@ def print_fit(estimate: Estimate, *, chosen: bool) -> None:
         f"tiled MLP {_on(memory.tiled_mlp)}",
         f"tiled norms {_on(memory.tiled_norm)}",
         f"activation checkpoints {_waits(memory.activation_checkpoint)}",
+        f"sequence chunks {''.join(told for _, told in _chunks(plan)) or 'off'}",
         f"optimizer on {zero.offload_optimizer or 'device'}",
         f"parameters on {zero.offload_parameters or 'device'}",
     ]

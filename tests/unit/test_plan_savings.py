@@ -45,5 +45,5 @@ def test_without_a_gpu_a_process_has_one_number_a_feature_its_host_memory():
     assert head.split()[-2:] == ["a", "process"]
     for line, saving in zip(lines, savings(tiny), strict=True):
         assert line.split()[-1] == f"{saving.host_bytes / 2 / 2**30:+,.2f}"
-    assert lines[-1].split() == ["offload", "to", "cpu", "-0.25"]
+    assert lines[-1].split() == ["offload", "to", "cpu", "-0.20"]
     assert "without one it only copies within the same memory" in note
