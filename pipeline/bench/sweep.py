@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.cases import Basis, Case, Engine, config_of, plan_of
-from pipeline.bench.corpus import DOCUMENT_TOKENS
+from pipeline.bench.corpus import DOCUMENT_TOKENS, ensure_corpus
 from pipeline.bench.ladder import rungs_of
 from pipeline.bench.results import Asked, Results, load_average, opened
 from pipeline.bench.search import next_length
@@ -189,6 +189,7 @@ def start(
     """Measure what is asked, into the folder. Raises UserError before the first run where that cannot be."""
     _check(asked, basis)
     results = opened(folder, asked, conditions_of(basis), resume=resume)
+    ensure_corpus(basis.corpus, tell=tell)
     if results.rows:
         tell(f"{len(results.rows)} rows are there already")
     return Sweep(results, basis, Bench(folder), Clock(minutes), timeout_seconds, tell).run()

@@ -4,6 +4,7 @@ memory, an illegal access, no end, comes back as a row.
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -195,7 +196,7 @@ def run_trial(case: Case, plan: JobPlan, bench: Bench, *, timeout_seconds: float
             "host_bytes": expected.load.host.total,
         },
         plan=plan.to_json(),
-        command=f"ALST_RUNS={bench.runs} {' '.join(command[:1] + command[2:] if command[1] == '-P' else command)}",
+        command=f"ALST_RUNS={bench.runs} {shlex.join(command)}",
         wall_seconds=time.monotonic() - clock,
         began=began,
     )
