@@ -85,7 +85,7 @@ def conditions(results: Results) -> Iterator[str]:
     yield f"- Model: shapes of {asked.model or asked.recipe}, {layers}, {found['weights']} weights."
     yield f"- Attention kernels: {kernels}."
     yield f"- Data: {found['data']}."
-    yield f"- Steps: the first is left out, medians over {asked.steps} a run, {asked.repeats} runs of each speed."
+    yield f"- Steps: medians over {asked.steps} a run, after one that is left out; {asked.repeats} runs of each speed."
     yield "- The resolved plan and the command of every run are in results.json."
     yield f"- Again: `{found['command']}`"
 
