@@ -66,6 +66,9 @@ SIGNS: tuple[tuple[Outcome, re.Pattern[str]], ...] = (
 )
 """What a log says, and the outcome it is a sign of. SIGKILL from nobody here is the kernel's, out of host memory."""
 
+PORT_TAKEN = re.compile(r"failed to listen on any local network address|address already in use", re.IGNORECASE)
+"""Another process of this machine took the port between its choice and its use: says nothing of the case."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:

@@ -105,6 +105,20 @@ def test_a_plan_that_cannot_be_is_a_row(tmp_path):
     assert read_results(tmp_path / "results.json").rows[0] == row
 
 
+def test_a_run_whose_port_was_taken_is_run_once_more(tmp_path):
+    class Unlucky(Trials):
+        def __call__(self, case, *arguments, **options):
+            first = case not in self.cases
+            found = super().__call__(case, *arguments, **options)
+            taken = "DistNetworkError: The server socket has failed to listen on any local network address. port: 39723"
+            return replace(found, outcome=Outcome.FAILED, detail=taken) if first else found
+
+    trials = Unlucky()
+    results = sweep(asked(rungs=("offload",)), trials, tmp_path)
+    assert [row.outcome for row in results.rows] == [Outcome.OK]
+    assert len(trials.cases) == 2
+
+
 def test_the_longest_is_found_with_documents_of_16k(tmp_path):
     trials = Trials(limit=40_000)
     results = sweep(asked(lengths=(), find_max=True, rungs=("offload",)), trials, tmp_path)
