@@ -242,6 +242,7 @@ def _plot(results: Results, path: Path, figure_of: Any, *, what: str) -> None:
     if what == "memory" and memory is not None:
         axes.axhline(memory / 1024, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}K")
     axes.set(xlabel="tokens per sample", ylabel="peak GiB" if what == "memory" else "tokens per second and GPU")
     axes.set_title(
         f"{results.asked.model or results.asked.recipe}, {_numbers(results.asked.layers)} layers", fontsize=10
