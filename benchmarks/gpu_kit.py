@@ -350,6 +350,9 @@ def main() -> None:
     there.add_argument(
         "--rehearse", action="store_true", help="tiny shapes on this CPU, with the packages that are here"
     )
+    there.add_argument(
+        "--only", default="", help="these experiments, with commas between them; all, if nothing is said"
+    )
     back = commands.add_parser("keep", help="what came back, as pages and plots")
     back.add_argument("results", type=Path, help="the results.json that came back")
     back.add_argument("folder", type=Path, help="e.g. benchmarks/results/h200-20261128")

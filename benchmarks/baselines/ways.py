@@ -56,6 +56,7 @@ def way_of(kind: str, plan: JobPlan) -> Way:
         "layers_per_group": checkpoint is not None and checkpoint.layers_per_group != 1,
         "offload: disk": checkpoint is not None and checkpoint.offload == "disk",
         "grad_accumulation": plan.recipe.train.grad_accumulation != 1,
+        f"kernel liger for {plan.model.model_type}": _wants_liger(plan) and plan.model.model_type != "llama",
     }
     if kind == "plain":
         ours |= {
@@ -67,6 +68,11 @@ def way_of(kind: str, plan: JobPlan) -> Way:
     if refused := [name for name, has in ours.items() if has]:
         raise UserError(f"baseline {kind}: has no {', '.join(refused)}; take a rung of the ladder that it has")
     return {"plain": Plain, "reference": Reference}[kind](plan)
+
+
+def _wants_liger(plan: JobPlan) -> bool:
+    loss = plan.recipe.memory.tiled_loss
+    return loss is not None and loss.kernel == "liger"
 
 
 class Plain:

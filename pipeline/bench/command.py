@@ -56,7 +56,7 @@ def run_bench(
     basis = Basis(
         recipe=options.recipe,
         machine=machine_here(),
-        corpus=corpus_in(data, root=folder, tell=tell),
+        corpus=corpus_in(data, root=folder),
         model=options.model,
         steps=options.steps,
         overrides=options.overrides,

@@ -15,21 +15,27 @@ TOKENS = 2**20
 """Longer samples take the rows again."""
 
 
-def corpus_in(folder: Path | None, *, root: Path, tell: Callable[[str], None]) -> Path:
-    """The folder of the rows: the one that is named, or the bench's own, made of the standard library where it is not
-    there yet. Raises UserError if the one named is no packed data set."""
-    if folder is not None:
-        if not (folder / "manifest.json").is_file():
-            raise UserError(
-                f"--data {folder}: must be a packed data set, and has no manifest.json; make one with `alst pack`, or "
-                "leave --data out"
-            )
-        return folder.resolve()
-    own = root / "corpus"
-    if not (own / "manifest.json").is_file():
+def corpus_in(named: Path | None, *, root: Path) -> Path:
+    """The folder of the rows: the one that is named, or the bench's own. Raises UserError if the one named is none."""
+    if named is None:
+        return root / "corpus"
+    if not _is_packed(named):
+        raise UserError(
+            f"--data {named}: must be a packed data set, and has no manifest.json; make one with `alst pack`, or "
+            "leave --data out"
+        )
+    return named.resolve()
+
+
+def ensure_corpus(folder: Path, *, tell: Callable[[str], None]) -> None:
+    """Make the bench's own rows where they are not there yet."""
+    if not _is_packed(folder):
         tell(f"packing the standard library's sources into rows of {DOCUMENT_TOKENS:,} tokens, once")
-        make_corpus(own)
-    return own
+        make_corpus(folder)
+
+
+def _is_packed(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
 
 
 def make_corpus(folder: Path, *, tokens: int = TOKENS, glob: str = "**/*.py") -> None:

@@ -85,7 +85,7 @@ def conditions(results: Results) -> Iterator[str]:
     yield f"- Model: shapes of {asked.model or asked.recipe}, {layers}, {found['weights']} weights."
     yield f"- Attention kernels: {kernels}."
     yield f"- Data: {found['data']}."
-    yield f"- Steps: the first is left out, medians over {asked.steps} a run, {asked.repeats} runs of each speed."
+    yield f"- Steps: medians over {asked.steps} a run, after one that is left out; {asked.repeats} runs of each speed."
     yield "- The resolved plan and the command of every run are in results.json."
     yield f"- Again: `{found['command']}`"
 
@@ -242,6 +242,7 @@ def _plot(results: Results, path: Path, figure_of: Any, *, what: str) -> None:
     if what == "memory" and memory is not None:
         axes.axhline(memory / 1024, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}K")
     axes.set(xlabel="tokens per sample", ylabel="peak GiB" if what == "memory" else "tokens per second and GPU")
     axes.set_title(
         f"{results.asked.model or results.asked.recipe}, {_numbers(results.asked.layers)} layers", fontsize=10

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.cases import Basis, Case, Engine, config_of, plan_of
-from pipeline.bench.corpus import DOCUMENT_TOKENS
+from pipeline.bench.corpus import DOCUMENT_TOKENS, ensure_corpus
 from pipeline.bench.ladder import rungs_of
 from pipeline.bench.results import Asked, Results, load_average, opened
 from pipeline.bench.search import next_length
-from pipeline.bench.trial import ROOT, Bench, Outcome, Row, run_trial
+from pipeline.bench.trial import PORT_TAKEN, ROOT, Bench, Outcome, Row, run_trial
 from pipeline.errors import RecipeError, UserError
 from pipeline.launch.snapshot import commit
 from pipeline.plan.hardware import GIB
@@ -162,7 +162,10 @@ class Sweep:
         except RecipeError as error:
             wall = time.monotonic() - clock
             return Row(case, Outcome.REFUSED, str(error), None, None, {}, {}, "alst plan", wall, began)
-        return self.trial(case, plan, self.bench, timeout_seconds=seconds)
+        row = self.trial(case, plan, self.bench, timeout_seconds=seconds)
+        if row.outcome is Outcome.FAILED and PORT_TAKEN.search(row.detail):
+            row = self.trial(case, plan, self.bench, timeout_seconds=seconds)
+        return row
 
 
 def told(row: Row) -> str:
@@ -189,6 +192,7 @@ def start(
     """Measure what is asked, into the folder. Raises UserError before the first run where that cannot be."""
     _check(asked, basis)
     results = opened(folder, asked, conditions_of(basis), resume=resume)
+    ensure_corpus(basis.corpus, tell=tell)
     if results.rows:
         tell(f"{len(results.rows)} rows are there already")
     return Sweep(results, basis, Bench(folder), Clock(minutes), timeout_seconds, tell).run()

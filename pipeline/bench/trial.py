@@ -4,6 +4,7 @@ memory, an illegal access, no end, comes back as a row.
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -64,6 +65,9 @@ SIGNS: tuple[tuple[Outcome, re.Pattern[str]], ...] = (
     ),
 )
 """What a log says, and the outcome it is a sign of. SIGKILL from nobody here is the kernel's, out of host memory."""
+
+PORT_TAKEN = re.compile(r"failed to listen on any local network address|address already in use", re.IGNORECASE)
+"""Another process of this machine took the port between its choice and its use: says nothing of the case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +199,7 @@ def run_trial(case: Case, plan: JobPlan, bench: Bench, *, timeout_seconds: float
             "host_bytes": expected.load.host.total,
         },
         plan=plan.to_json(),
-        command=f"ALST_RUNS={bench.runs} {' '.join(command[:1] + command[2:] if command[1] == '-P' else command)}",
+        command=f"ALST_RUNS={bench.runs} {shlex.join(command)}",
         wall_seconds=time.monotonic() - clock,
         began=began,
     )

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.bench import command
 from pipeline.bench.cases import Case, plan_of
+from pipeline.bench.corpus import corpus_in
 from pipeline.bench.results import Asked, Longest, Results, longest_of, opened, read_results
 from pipeline.bench.sweep import INTERRUPTED, Clock, Sweep, conditions_of
 from pipeline.bench.trial import Bench, Outcome, Row
@@ -104,6 +105,20 @@ def test_a_plan_that_cannot_be_is_a_row(tmp_path):
     assert read_results(tmp_path / "results.json").rows[0] == row
 
 
+def test_a_run_whose_port_was_taken_is_run_once_more(tmp_path):
+    class Unlucky(Trials):
+        def __call__(self, case, *arguments, **options):
+            first = case not in self.cases
+            found = super().__call__(case, *arguments, **options)
+            taken = "DistNetworkError: The server socket has failed to listen on any local network address. port: 39723"
+            return replace(found, outcome=Outcome.FAILED, detail=taken) if first else found
+
+    trials = Unlucky()
+    results = sweep(asked(rungs=("offload",)), trials, tmp_path)
+    assert [row.outcome for row in results.rows] == [Outcome.OK]
+    assert len(trials.cases) == 2
+
+
 def test_the_longest_is_found_with_documents_of_16k(tmp_path):
     trials = Trials(limit=40_000)
     results = sweep(asked(lengths=(), find_max=True, rungs=("offload",)), trials, tmp_path)
@@ -152,10 +167,27 @@ def test_an_interrupted_bench_has_its_page_and_ends_as_interrupted(tmp_path, mon
         return Results(what, conditions_of(basis()), (), INTERRUPTED)
 
     monkeypatch.setattr(command, "start", interrupted)
-    monkeypatch.setattr(command, "corpus_in", lambda *_, **__: tmp_path)
     options = command.Options("tiny", (), "1K", False, "all", "alst", None, "2", 1, 1, "8M", "16K")
     with pytest.raises(KeyboardInterrupt):
         command.run_bench(
             options, data=None, output=tmp_path, minutes=None, timeout_seconds=1, resume=False, tell=lambda _: None
         )
     assert INTERRUPTED in (tmp_path / "results.md").read_text()
+
+
+def test_a_model_that_a_cpu_would_train_for_hours_is_refused_before_anything_is_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "machine_here", lambda: CPU)
+    options = command.Options("llama8b", (), "1K", False, "all", "alst", None, "2", 1, 1, "8M", "16K")
+    with pytest.raises(UserError, match="without a GPU at most 200M are measured"):
+        command.run_bench(
+            options, data=None, output=tmp_path, minutes=None, timeout_seconds=1, resume=False, tell=lambda _: None
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_is_no_packed_data_set_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"must be a packed data set, and has no manifest.json; make one with `alst pack`"
+    ):
+        corpus_in(tmp_path, root=tmp_path)
+    assert corpus_in(None, root=tmp_path) == tmp_path / "corpus"

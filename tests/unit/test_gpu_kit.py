@@ -130,6 +130,14 @@ def test_without_a_kit_it_says_how_to_make_one(tmp_path):
         Journey(tmp_path, tmp_path / "out", 1, rehearse=True).run()
 
 
+def test_the_command_runs_the_experiments_that_were_asked(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(Journey, "run", lambda self, experiments: ran.extend(one.name for one in experiments))
+    monkeypatch.setattr(sys, "argv", ["gpu_kit", "run", "--minutes=1", f"--output={tmp_path}", "--only=longest"])
+    gpu_kit.main()
+    assert ran == ["longest"]
+
+
 def test_an_unknown_experiment_is_refused():
     with pytest.raises(SystemExit, match="--only quick: no such experiment; use some of tests, same-kernel-128k"):
         gpu_kit.chosen("tests,quick")
