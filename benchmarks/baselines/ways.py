@@ -51,6 +51,7 @@ def way_of(kind: str, plan: JobPlan) -> Way:
     memory, checkpoint = plan.recipe.memory, plan.recipe.memory.activation_checkpoint
     ours = {
         "memory.tiled_norm": memory.tiled_norm is not None,
+        "memory.sequence_chunks": memory.sequence_chunks is not None,
         "memory.activation_checkpoint: null": checkpoint is None,
         "keep_attention": checkpoint is not None and checkpoint.keep_attention is True,
         "layers_per_group": checkpoint is not None and checkpoint.layers_per_group != 1,

@@ -86,6 +86,8 @@ TWO_RANKS = [
     Case(sp=2, stage=3, overrides=("model.dtype=bfloat16", CHUNKS, GROUPS)),
     Case("llama-tied", dp=2, stage=2, accumulation=3, overrides=(CHUNKS_ON_HOST,)),
     Case(sp=2, stage=3, accumulation=3, overrides=(CHUNKS, ON_DISK)),
+    Case(sp=2, stage=2, accumulation=2, overrides=(CHUNKS, ON_DISK, GROUPS)),
+    Case(sp=2, stage=3, accumulation=2, self_check=True, overrides=(CHUNKS_ON_HOST, ON_DISK, GROUPS)),
     Case(sp=2, stage=3, no_labels=True, overrides=(CHUNKS,)),
 ]
 IN_FP8 = [

@@ -35,7 +35,7 @@ def test_a_plan_that_fits_and_ends_is_not_refused():
     [
         (
             TOO_LONG,
-            r"a GPU needs [\d.,]+ of 79.6 GiB; set .*memory.tiled_norm=\{tile_tokens: auto\} \(",
+            r"a GPU needs [\d.,]+ of 79.6 GiB; set memory.sequence_chunks=\{hidden_states: gpu, .*\} \(",
         ),
         (["hardware.host_memory_gib=400"], r"a node's host memory needs [\d.,]+ of 400.0 GiB; set "),
         (["data.seq_len=16777216"], r"a GPU needs .*, a node's host memory needs "),

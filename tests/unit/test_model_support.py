@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import RecipeError
 from pipeline.plan import model_support
+from pipeline.plan.job import plan_job
 from pipeline.plan.model_shape import model_shape
 from pipeline.plan.model_support import Support, is_dropout, require_exact, require_supported, supported_models
 from pipeline.recipe.load import load
@@ -42,6 +43,12 @@ def test_a_model_that_would_not_train_exactly_is_refused_by_name(model_type, tol
         require_supported(model_type)
     with pytest.raises(RecipeError, match=told):
         model_shape(load("tiny", overrides=[f"model.config.model_type={model_type}"]).model)
+
+
+def test_chunks_are_refused_by_name_where_a_layer_cannot_run_in_them():
+    asked = ["model.config.model_type=diffllama", "model.config.num_key_value_heads=4", "memory.sequence_chunks={}"]
+    with pytest.raises(RecipeError, match=r"sequence_chunks: must be null for model_type 'diffllama': .*; set memory"):
+        plan_job(load("tiny", overrides=asked))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,8 @@ def test_the_command_lists_what_is_supported_and_why_something_is_not(monkeypatc
     done = alst("models")
     assert (done.returncode, done.stderr) == (0, "")
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert "llama yes" in lines
+    assert "llama yes yes" in lines
+    assert any(line.startswith("diffllama yes no DiffLlamaDecoderLayer cannot run in chunks") for line in lines)
     assert "nemotron no NemotronAttention lost attention_context on its way" in lines
     assert (
         f"{sum(s.supported for s in supported_models().values())} of {len(supported_models())} train exactly" in lines
