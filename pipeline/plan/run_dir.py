@@ -159,6 +159,10 @@ class RunDir:
         return self.path / "check.json"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

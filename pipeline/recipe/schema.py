@@ -461,6 +461,8 @@ class TrainRecipe(Section):
     """The same bits from the same start; kernels that cannot promise it are refused."""
     stall_seconds: Annotated[float, Field(gt=0)] | Auto | None
     """Without a sign of life from any rank, after which the job is ended and started again; null never."""
+    profile_step: Count | None
+    """This step of rank 0 runs under torch's profiler, counted from 1; null is none."""
     self_check: SelfCheck | None
 
 

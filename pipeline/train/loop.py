@@ -1,5 +1,6 @@
 """The loop: step after step, each recorded."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -20,6 +21,7 @@ from pipeline.train.checkpoint import Checkpointer
 from pipeline.train.evaluate import HeldOut, evaluate, is_due
 from pipeline.train.guard import Guard
 from pipeline.train.heartbeat import Heartbeat
+from pipeline.train.profiler import profiled
 from pipeline.train.recorder import Recorder
 from pipeline.train.schedule import learning_rate
 from pipeline.train.step import Trainee, model_inputs, run_step
@@ -51,6 +53,12 @@ class Watch:
     stopping: Stopping
     heartbeat: Heartbeat
     patience: Patience
+
+    def profiled(self, trainee: Trainee, step: int) -> AbstractContextManager[None]:
+        """Around the step that the recipe asks to profile, on rank 0."""
+        if trainee.mesh.rank != 0 or step != trainee.plan.recipe.train.profile_step:
+            return nullcontext()
+        return profiled(self.guard.run_dir.profile, step)
 
     def limit_collectives(self) -> None:
         """For the step that begins."""
@@ -98,15 +106,16 @@ def train(
         watch.stopping.before_step()
         watch.heartbeat.step = batch.step + 1
         rate = learning_rate(trainee.plan.recipe, batch.step + 1)
-        result = run_step(
-            trainee,
-            micro_batches,
-            valid_tokens=batch.valid_tokens,
-            learning_rate=rate,
-            timer=timer,
-            asked=watch.stopping.after_step,
-            measure=partial(recorder.measure, losses),
-        )
+        with watch.profiled(trainee, batch.step + 1):
+            result = run_step(
+                trainee,
+                micro_batches,
+                valid_tokens=batch.valid_tokens,
+                learning_rate=rate,
+                timer=timer,
+                asked=watch.stopping.after_step,
+                measure=partial(recorder.measure, losses),
+            )
         watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
         record = replace(recorder.record(batch, result, rate), loss_spike=watch.spikes.saw(result.loss))
