@@ -78,13 +78,15 @@ TORCH = "model.attention=torch"
 """The kernel that is there for both sides: torch's own, which transformers calls sdpa."""
 TINY = ("tiny", "--steps=1", "hardware.gpus_per_node=1")
 
+GPU_TESTS = tuple(f"tests/gpu/test_{name}.py" for name in ("training", "sequence_chunks", "waits", "allocator"))
+
 EXPERIMENTS = (
     Experiment(
         "tests",
         "whether training on this GPU is right at all: against the stock model, with its waits and its allocator",
         2.0,
-        ("tests/gpu/test_training.py", "tests/gpu/test_waits.py", "tests/gpu/test_allocator.py", "-x"),
-        ("tests/gpu/test_training.py", "tests/gpu/test_waits.py", "tests/gpu/test_allocator.py", "-x"),
+        (*GPU_TESTS, "-x"),
+        (*GPU_TESTS, "-x"),
         module="pytest",
     ),
     Experiment(
@@ -109,10 +111,20 @@ EXPERIMENTS = (
         "the longest sequence of one layer; that of the reference follows from its peaks in other experiments",
         3.0,
         (
-            *(*LLAMA, "--find-max", "--layers=1", "--steps=1", "--rungs=tiled-norm", "--most=8M", "--grain=256K"),
-            *("--timeout=120", "train.steps=1", *ON_GPU, TORCH),
+            *(*LLAMA, "--find-max", "--layers=1", "--steps=1", "--rungs=tiled-norm,sequence-chunks", "--most=8M"),
+            *("--grain=256K", "--timeout=120", "train.steps=1", *ON_GPU, TORCH),
         ),
-        (*TINY, "--find-max", "--layers=1", "--rungs=tiled-norm", "--most=2K", "--grain=1K"),
+        (*TINY, "--find-max", "--layers=1", "--rungs=tiled-norm,sequence-chunks", "--most=2K", "--grain=1K"),
+    ),
+    Experiment(
+        "chunks-256k",
+        "what layers in chunks cost at 256K tokens in one document, where whole layers fit too",
+        3.0,
+        (
+            *(*LLAMA, "--lengths=256K", "--layers=2", "--steps=2", "--rungs=layer-groups,sequence-chunks"),
+            *("--timeout=120", *ON_GPU, TORCH),
+        ),
+        (*TINY, "--lengths=1K", "--rungs=layer-groups,sequence-chunks"),
     ),
     Experiment(
         "short-32k",

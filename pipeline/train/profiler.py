@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 SHOWN_OPERATORS = 60
-MEMORY_EVENTS = 1_000_000  # newest first to be kept: 100 bytes or so each, of host memory
+MEMORY_EVENTS = 1_000_000  # of a step; the oldest are dropped beyond that
 
 
 @contextmanager
