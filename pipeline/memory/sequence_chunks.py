@@ -245,9 +245,9 @@ class _ChunkedLayer:
         """(chunk, its part of each, on the device), of all chunks or of those in `order`; the next is on its way."""
         states = self.waiting.states
         order = range(len(call.rows)) if order is None else order
-        for chunk, following in zip(order, [*order[1:], None], strict=True):
+        for number, chunk in enumerate(order):
             parts = [states.read(whole, call.rows[chunk], call.device) for whole in wholes]
-            if following is not None:
+            for following in order[number + 1 : number + 2]:
                 for whole in wholes:
                     states.start(whole, call.rows[following], call.device)
             yield chunk, *parts

@@ -86,9 +86,11 @@ def loss_of(model: PreTrainedModel, kernel: CpuKernel | None = None, *, chunk_to
     return model(**sample(model.config.vocab_size), attention_context=context)
 
 
-def assert_trained_as_stock(model: PreTrainedModel, stock: PreTrainedModel) -> None:
+def assert_trained_as_stock(
+    model: PreTrainedModel, stock: PreTrainedModel, *, chunk_tokens: int = CHUNK_TOKENS
+) -> None:
     with NothingBelowFloat64():
-        loss_of(model).backward()
+        loss_of(model, chunk_tokens=chunk_tokens).backward()
     expected = train_stock(stock, mode=NothingBelowFloat64)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected.gradients[name], rtol=1e-9, atol=1e-12, msg=name)
@@ -195,6 +197,17 @@ def test_evaluation_runs_in_chunks_too_and_leaves_nothing(places):
         assert torch.equal(loss_of(model), trained)
         assert [arena.peak_bytes for arena in attached.arenas] == before
     model.train()
+
+
+@pytest.mark.parametrize("places", [ON_DEVICE, ON_HOST])
+@pytest.mark.parametrize("chunk_tokens", [BOUNDS[-1], 10 * BOUNDS[-1]])
+def test_one_chunk_is_the_whole_sequence(places, chunk_tokens):
+    model, stock = (
+        tiny(),
+        build_tiny("llama", ARCHITECTURES["llama"] | {"num_hidden_layers": LAYERS}, attention="eager"),
+    )
+    in_chunks(model, places, chunk_tokens=chunk_tokens)
+    assert_trained_as_stock(model, stock, chunk_tokens=chunk_tokens)
 
 
 class Skipping(nn.Module):
