@@ -5,6 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from pipeline.errors import RunError
 from pipeline.plan.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,14 +24,24 @@ def commit() -> str:
 
 
 def take_snapshot(run_dir: RunDir) -> None:
-    """Copy the package and the configs to `code/`, and write commit.txt; other code of an earlier start is kept."""
+    """Copy the package and the configs to `code/`, and write commit.txt; other code of an earlier start is kept.
+
+    Raises RunError if it cannot be written, and leaves no part of it.
+    """
     now = commit()
     if run_dir.code.exists():
         before = run_dir.commit.read_text().strip()
         if before == now:
             return
         run_dir.code.rename(run_dir.path / f"code-until-{time.strftime('%Y%m%d-%H%M%S')}-{before}")
-    run_dir.commit.write_text(now + "\n")
-    for name in ("pipeline", "configs"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, run_dir.code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        for name in ("pipeline", "configs"):
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, run_dir.code / name, ignore=shutil.ignore_patterns("__pycache__"))
+        run_dir.commit.write_text(now + "\n")
+    except OSError as error:  # shutil's own among them, which tells of every file
+        shutil.rmtree(run_dir.code, ignore_errors=True)
+        cause = error.strerror or error.args[0][0][2]
+        raise RunError(
+            f"{run_dir.code}: the code cannot be copied there ({cause}); make room, and start again"
+        ) from None

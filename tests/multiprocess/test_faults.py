@@ -215,8 +215,12 @@ def test_a_checkpoint_is_not_begun_where_there_is_no_room_for_it(small_disk, rec
     shutil.copytree(peaceful.parent / "packed", small_disk / "packed")
     size = json.loads((step_folders(peaceful / "checkpoints")[0] / RECORD_NAME).read_text())
     free = shutil.disk_usage(small_disk).free
+    code = sum(512 * path.stat().st_blocks for path in (peaceful / "code").rglob("*"))
     ballast = small_disk / "ballast-of-another"
-    ballast.write_bytes(bytes(free - sum(file["size_bytes"] for file in size["files"])))
+    ballast.write_bytes(bytes(free - code // 2))
+    assert "the code cannot be copied there" in alst("train", recipe, runs=small_disk, code=1)
+    shutil.rmtree(only_run(small_disk))
+    ballast.write_bytes(bytes(free - code - sum(file["size_bytes"] for file in size["files"])))
     printed = alst("train", recipe, runs=small_disk, code=1)
     assert "bytes free, a checkpoint needs" in printed
     assert "the last checkpoint is not on disk" in printed
