@@ -32,7 +32,8 @@ CPUS_PER_NODE = 16
 START_SECONDS = 120  # 3 on a free machine
 STOP_SECONDS = 15  # slurmctld saves its state, MariaDB closes its tables
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 30  # that a preempted job has, from SIGTERM on
+GRACE_SECONDS = 30  # that a preempted job has, from the signal on
+KILL_SECONDS = 5  # between the last SIGTERM and SIGKILL
 SYSTEM_PATHS = ("/usr/sbin", "/sbin")
 """Where Debian keeps daemons; not on an ordinary user's PATH."""
 
@@ -300,6 +301,7 @@ class LocalCluster:
             me=_me(),
             nodes=nodes,
             grace=GRACE_SECONDS,
+            kill=KILL_SECONDS,
         )
         for name, value in self._settings.items():
             text = re.sub(rf"^{name}=.*\n", "", text, flags=re.MULTILINE) + f"{name}={value}\n"
@@ -372,7 +374,7 @@ ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=60
 InactiveLimit=0
-KillWait=5
+KillWait={kill}
 MinJobAge=600
 WaitTime=0
 JobRequeue=1

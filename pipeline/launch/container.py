@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.launch.deadline import GRACE_SECONDS, JOB_END
+from pipeline.launch.deadline import GRACE_SECONDS, JOB_END, KILL_SECONDS
 from pipeline.launch.entry import VERIFY_IMAGE, Stage
 from pipeline.plan.cluster import ClusterProfile, ContainerProfile
 from pipeline.plan.environment import Variable
@@ -43,7 +43,7 @@ LISTED: tuple[str, ...] = (
     "SLURM_CONF",
 )
 LISTED += ("MASTER_ADDR", "MASTER_PORT", "HF_HOME", "HF_HUB_CACHE", "ALST_RUNS", VERIFY_IMAGE, "APPTAINER_UNSQUASH")
-LISTED += (JOB_END, GRACE_SECONDS)
+LISTED += (JOB_END, GRACE_SECONDS, KILL_SECONDS)
 """Variables that reach a task in a container, beside the job's table and Slurm's own."""
 
 UNPACK = (

@@ -4,13 +4,16 @@ is nobody to ask."""
 import os
 import time
 
-from pipeline.launch.stop import terminated_at
+from pipeline.launch.stop import terminated_at, was_warned
 
 JOB_END = "ALST_JOB_END"
 """Unix seconds; empty where the job has no time limit."""
 
 GRACE_SECONDS = "ALST_GRACE_SECONDS"
-"""From SIGTERM until Slurm kills."""
+"""From the signal of a preemption until Slurm kills."""
+
+KILL_SECONDS = "ALST_KILL_SECONDS"
+"""From a SIGTERM that follows USR2 until Slurm kills: the grace may have begun with that."""
 
 
 def seconds_left() -> float | None:
@@ -20,5 +23,5 @@ def seconds_left() -> float | None:
         ends.append(float(end))
     asked = terminated_at()
     if asked is not None:
-        ends.append(asked + float(os.environ.get(GRACE_SECONDS) or 0))
+        ends.append(asked + float(os.environ.get(KILL_SECONDS if was_warned() else GRACE_SECONDS) or 0))
     return min(ends) - time.time() if ends else None

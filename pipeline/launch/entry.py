@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -130,17 +131,17 @@ def _train(run: Callable[..., bool], plan: JobPlan, run_dir: RunDir) -> None:
 
 def _leave(run_dir: RunDir, why: str, again: bool) -> NoReturn:
     """End this process, whatever its threads do; `again`: its job is to be started again."""
-    try:
-        print(f"alst: {why}", file=sys.stderr)
-        if stop.terminated_at() is not None:
-            stop.leave_mark(run_dir, stop.PREEMPTED)
-        else:
-            _tell(why)
-            if again:
-                stop.leave_mark(run_dir, why)
+    terminated = stop.terminated_at() is not None
+    try:  # the mark first: a full disk may take it, and no more words
+        if again or terminated:
+            with suppress(OSError):
+                stop.leave_mark(run_dir, stop.PREEMPTED if terminated else why)
+        if not terminated:
+            with suppress(OSError):
+                _tell(why)
+        print(f"alst: {why}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        sys.stderr.flush()
-    finally:  # also where a full disk takes no last words: a process that stays holds all others
+    finally:  # a process that stays holds all others
         os._exit(stop.LEFT if again else RunError.exit_code)
 
 

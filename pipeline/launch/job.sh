@@ -20,23 +20,29 @@ patiently() {
     return 1
 }
 
-export ALST_JOB_END ALST_GRACE_SECONDS
+export ALST_JOB_END ALST_GRACE_SECONDS ALST_KILL_SECONDS
 ALST_JOB_END="$(end="$(patiently squeue --noheader --jobs="$alst_job" --format=%e)" # N/A without a limit
     case "$end" in [0-9]*) date -d "$end" +%s ;; esac)"
+kill_wait() { scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p'; }
 # From the signal of a preemption on: of the QOS or of the partition, whichever preempts here; without one KillWait.
 grace_seconds() {
-    local config grace
-    config="$(scontrol show config)"
-    if grep -q '^PreemptType *= *preempt/qos' <<< "$config"; then # only the accounting tells; [days-]hours:minutes:seconds
+    local grace
+    if scontrol show config | grep '^PreemptType *= *preempt/qos' > /dev/null; then
+        # Only the accounting tells; [days-]hours:minutes:seconds
         grace="$(sacctmgr --noheader --parsable2 show qos "$SLURM_JOB_QOS" format=GraceTime | tail -n 1 |
             awk -F '[-:]' 'NF > 2 { print (NF > 3 ? 86400 * $1 : 0) + 3600 * $(NF - 2) + 60 * $(NF - 1) + $NF }')"
     else
         grace="$(scontrol show partition "$SLURM_JOB_PARTITION" | sed -n 's/.*GraceTime=\([0-9]*\).*/\1/p')"
     fi
-    if [ "${grace:-0}" = 0 ]; then grace="$(sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' <<< "$config")"; fi
+    if [ "${grace:-0}" = 0 ]; then grace="$(kill_wait)"; fi
     echo "$grace"
 }
 ALST_GRACE_SECONDS="$(grace_seconds)"
+# From a SIGTERM on that follows USR2: where a preemption begins with the job's own signal, the grace is over then.
+ALST_KILL_SECONDS="$ALST_GRACE_SECONDS"
+if scontrol show config | grep '^SlurmctldParameters.*preempt_send_user_signal' > /dev/null; then
+    ALST_KILL_SECONDS="$(kill_wait)"
+fi
 
 # What did not begin: srun says so itself, and no task has a part in it.
 launch_failed() {
@@ -179,6 +185,7 @@ after_tasks() {
     rm -f "$alst_run/slurm/nodes-$SLURM_JOB_ID"
     if [ -e "$mark" ]; then
         reason="$(cat "$mark")"
+        reason="${reason:-its last words were lost, the disk may be full}"
         rm -f "$mark"
     elif [ "$code" != 0 ] && launch_failed; then
         reason="its tasks could not be launched"

@@ -73,19 +73,16 @@ def _gpus(plan: JobPlan) -> str | None:
     if plan.recipe.hardware.gpu is Gpu.CPU or program is None:
         return None
     query = "--query-gpu=index,ecc.errors.uncorrected.volatile.total"
+    command = [program, query, "--format=csv,noheader"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        done = subprocess.run(
-            [program, query, "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_SECONDS,
-            check=False,
-        )
+        said, _ = process.communicate(timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
+        process.kill()  # nobody waits: one that hangs in the driver would not die
         return f"nvidia-smi does not answer in {ANSWER_SECONDS} s"
-    if done.returncode:
-        return f"nvidia-smi fails: {(done.stdout + done.stderr).strip()}"
-    found = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
+    if process.returncode:
+        return f"nvidia-smi fails: {said.strip()}"
+    found = [[field.strip() for field in line.split(",")] for line in said.splitlines()]
     if len(found) < plan.recipe.hardware.gpus_per_node:
         return f"{len(found)} GPUs are there, {plan.recipe.hardware.gpus_per_node} are needed"
     broken = [f"GPU {index} has {errors}" for index, errors in found if errors.isdigit() and int(errors)]

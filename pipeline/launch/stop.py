@@ -49,6 +49,12 @@ def terminated_at() -> float | None:
     return _first.get(signal.SIGTERM)
 
 
+def was_warned() -> bool:
+    """Both signals came, USR2 first."""
+    warned, terminated = _first.get(signal.SIGUSR2), terminated_at()
+    return warned is not None and terminated is not None and warned < terminated
+
+
 def reason() -> str:
     """Why the job wants to be started again."""
     if terminated_at() is not None:

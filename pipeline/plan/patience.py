@@ -20,7 +20,7 @@ UNKNOWN_SECONDS = 3600.0
 """For a first step of which the plan foresees no seconds: on a CPU."""
 
 WITHOUT_LIMIT_SECONDS = 12 * 3600.0
-"""Of collectives, where stalls are not looked for. A rank that dies is noticed by Slurm."""
+"""Of collectives, where stalls are not looked for, and before the first step. A rank that dies is noticed by Slurm."""
 
 COLLECTIVE_FACTOR = 2
 LEAVING_SECONDS = 120.0
@@ -48,6 +48,11 @@ class Patience:
             foreseen = UNKNOWN_SECONDS if self.foreseen_seconds is None else self.foreseen_seconds
             return max(LEAST_SECONDS, TIMES_A_STEP * foreseen * costlier) * FIRST_STEP_FACTOR
         return max(LEAST_SECONDS, TIMES_A_STEP * max(longest_seconds, (self.foreseen_seconds or 0.0) * costlier))
+
+    @property
+    def starting_seconds(self) -> float:
+        """Before the first step, where operators may have to be built, without a byte that this process moves."""
+        return max(LEAST_SECONDS, self.seconds(None))
 
     def collective_seconds(self, longest_seconds: float | None, *, cost: float = 1.0) -> float:
         """After which a collective of this step gives up."""

@@ -20,12 +20,16 @@ class Heartbeat:
     """Under way, counted from 1."""
     where: str = "start"
     at: float = 0.0
-    """Of the last beat, by the monotonic clock."""
+    """Of the last sign of life, by the monotonic clock."""
 
     def beat(self, where: str) -> None:
         self.where = where
-        self.at = time.monotonic()
+        self.alive()
         self.beats += 1
+
+    def alive(self) -> None:
+        """A sign of life that gets this rank no further."""
+        self.at = time.monotonic()
 
     def attach(self, model: PreTrainedModel) -> None:
         """A beat before each layer's forward, also when it runs again for backward, and one at its gradient."""

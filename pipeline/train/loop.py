@@ -119,15 +119,16 @@ def train(
         watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
         record = replace(recorder.record(batch, result, rate), loss_spike=watch.spikes.saw(result.loss))
-        if not _stop(result.request):  # whoever has to go needs the time for the save
-            record = _evaluated(record, trainee, watch, recorder)
+        request = result.request
+        if not _stop(request) and is_due(trainee.plan, batch.step + 1):  # whoever has to go needs the time for the save
+            record, request = _evaluated(record, request, trainee, watch, recorder)
         reporting.step(record)
         if batch.step + 1 < trainee.plan.recipe.train.steps:
-            ended_by = _stop(result.request)
-        if checkpointer.due(batch.step + 1, asked=result.request >= Request.SAVE):
+            ended_by = _stop(request)
+        if checkpointer.due(batch.step + 1, asked=request >= Request.SAVE):
             watch.heartbeat.beat("save")
             checkpointer.save(loader.cursor(batch.step + 1))
-        if result.request >= Request.SAVE:
+        if request >= Request.SAVE:
             watch.stopping.saved()
         _tell(checkpointer, reporting)
     watch.heartbeat.beat("last save")
@@ -165,11 +166,13 @@ def _inputs(batch: Batch, trainee: Trainee, loader: PackedLoader, losses: TokenL
     return inputs
 
 
-def _evaluated(record: StepRecord, trainee: Trainee, watch: Watch, recorder: Recorder) -> StepRecord:
-    """The record with the held-out loss, if it is due."""
-    if watch.held_out is None or not is_due(trainee.plan, record.step):
-        return record
+def _evaluated(
+    record: StepRecord, request: Request, trainee: Trainee, watch: Watch, recorder: Recorder
+) -> tuple[StepRecord, Request]:
+    """The record with the held-out loss, and what is asked for by now."""
+    assert watch.held_out is not None, "opened wherever the recipe evaluates"
     evaluation = evaluate(trainee, watch.held_out)
     recorder.eta.evaluated(evaluation.seconds)
     eta = recorder.eta_seconds(record.step)
-    return replace(record, eval_loss=evaluation.loss, eval_seconds=evaluation.seconds, eta_seconds=eta)
+    request = max(request, watch.stopping.after_evaluation(evaluation.seconds, trainee.device))
+    return replace(record, eval_loss=evaluation.loss, eval_seconds=evaluation.seconds, eta_seconds=eta), request

@@ -5,7 +5,9 @@ Runs in every rank; started by `launch.local` or by a job, through `launch.entry
 
 import os
 import socket
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from pipeline.model.build import build_model, check_shape, transformers_config
 from pipeline.parallel.mesh import Mesh, create_mesh, limit_collectives
 from pipeline.plan.estimate import estimate
 from pipeline.plan.job import JobPlan
-from pipeline.plan.patience import patience_of
+from pipeline.plan.patience import WITHOUT_LIMIT_SECONDS, Patience, patience_of
 from pipeline.plan.queue import Queue, Request
 from pipeline.plan.run_dir import RunDir
 from pipeline.plan.savings import savings_lines
@@ -45,7 +47,7 @@ from pipeline.plan.seen import figures
 from pipeline.recipe.schema import Gpu
 from pipeline.train.checkpoint import Checkpointer, NotSavedError
 from pipeline.train.engine import create_engine, init_distributed, zero3_config
-from pipeline.train.evaluate import HeldOut, open_held_out
+from pipeline.train.evaluate import HeldOut, is_due, open_held_out
 from pipeline.train.fabric import check_fabric
 from pipeline.train.guard import Guard, NotFiniteError
 from pipeline.train.heartbeat import Heartbeat
@@ -56,6 +58,18 @@ from pipeline.train.step import Trainee
 from pipeline.train.step_costs import step_costs
 from pipeline.train.stopping import RECENT_STEPS, Stopping
 from pipeline.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class _Started:
+    """All that training takes."""
+
+    trainee: Trainee
+    loader: PackedLoader
+    attached: Attached
+    watch: Watch
+    checkpointer: Checkpointer
+    tracker: Tracker
 
 
 def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
@@ -73,28 +87,64 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     if os.environ["RANK"] == "0":
         run_dir.hold()
     patience = patience_of(plan, packed=run_dir.packed(plan))
-    timeout = timedelta(seconds=patience.collective_seconds(None))
-    init_distributed(plan, timeout=timeout)
+    init_distributed(plan, timeout=timedelta(seconds=patience.collective_seconds(None)))
     _check_same_kernel(attention)
-    mesh = create_mesh(plan.sp, timeout=timeout)
+    heartbeat = Heartbeat()
+    watchdog = Watchdog(heartbeat, patience, queue, run_dir, rank=dist.get_rank())
+    with watchdog.watching():
+        started = _start(plan, run_dir, queue, dataset, held_out, device, attention, patience, heartbeat)
+    mesh = started.trainee.mesh
+    outcome = _train(started, watchdog, run_dir)
+    if outcome.peak_host_rss_bytes:
+        _tell_memory(plan, outcome, mesh)
+    if outcome.ended_by:
+        _say(mesh, _stopped(outcome, plan))
+    elif mesh.rank == 0:
+        _summary(plan, run_dir, dataset, started.tracker)
+    return outcome.ended_by is Request.REQUEUE
+
+
+def _start(
+    plan: JobPlan,
+    run_dir: RunDir,
+    queue: Queue,
+    dataset: PackedDataset,
+    held_out: HeldOut | None,
+    device: torch.device,
+    attention: Choice,
+    patience: Patience,
+    heartbeat: Heartbeat,
+) -> _Started:
+    """Everything before the first step; each part of it is a beat.
+
+    Collectives may take any time: a rank waits in one while another reads weights, and the watchdog looks at all.
+    """
+    any_time = timedelta(seconds=WITHOUT_LIMIT_SECONDS)
+    limit_collectives(any_time)
+    mesh = create_mesh(plan.sp, timeout=any_time)
+    heartbeat.beat("trying the fabric")
     rate = check_fabric(device, least_bytes_per_second=queue.least_bus_bytes_per_second)
+    heartbeat.beat("looking for a checkpoint")
     resume = find_resume(plan, run_dir, mesh)
+    heartbeat.beat("loading the model")
     register()
     model = build_model(
         plan.recipe.model, attention=ALST_ATTENTION, seed=plan.recipe.train.seed, zero3=zero3_config(plan)
     )
     attached = attach_features(model, plan)
+    heartbeat.beat("making the engine")
     engine = create_engine(model, plan, attached, load_universal=resume is not None and resume.universal)
-    limit_collectives(timeout)  # of the engine's groups too
+    heartbeat.attach(engine.module)
+    limit_collectives(any_time)  # of the engine's groups too
     trainee = Trainee(engine, plan, mesh, attention.kernel, device)
     loader = _loader(plan, mesh, dataset, start=Cursor() if resume is None else resume.cursor)
     _tell_start(trainee, attention, rate, dataset, loader, held_out)
+    heartbeat.beat("self-check")
     _check(trainee, dataset, loader)
     if resume is not None:
-        load(resume, engine, run_dir, mesh)
+        heartbeat.beat("loading the checkpoint")
+        load(resume, engine, run_dir, mesh, beat=heartbeat.beat)
         _say(mesh, _resumed(resume, plan))
-    heartbeat = Heartbeat()
-    heartbeat.attach(engine.module)
     checkpointer = Checkpointer(trainee, run_dir, commit=_commit(run_dir), beat=heartbeat.beat)
     guard = Guard(trainee, dataset, run_dir, lambda step: checkpointer.save_aside(loader.cursor(step - 1)))
     before = _steps_before(run_dir.metrics, loader.start)
@@ -102,32 +152,17 @@ def run(plan: JobPlan, run_dir: RunDir, queue: Queue) -> bool:
     stopping = _stopping(queue, trainee, run_dir, checkpointer, loader, alike)
     spikes = SpikeDetector([row["loss"] for row in before if row["loss"] is not None])
     watch = Watch(guard, spikes, held_out, stopping, heartbeat, patience)
+    heartbeat.beat("opening the tracker")
     tracker = _tracker(plan, run_dir, mesh, dataset, resume)
-    watchdog = Watchdog(heartbeat, patience, stopping, queue, run_dir, rank=mesh.rank)
-    outcome = _train(trainee, loader, attached, watch, watchdog, checkpointer, tracker, run_dir)
-    if outcome.peak_host_rss_bytes:
-        _tell_memory(plan, outcome, mesh)
-    if outcome.ended_by:
-        _say(mesh, _stopped(outcome, plan))
-    elif mesh.rank == 0:
-        _summary(plan, run_dir, dataset, tracker)
-    return outcome.ended_by is Request.REQUEUE
+    return _Started(trainee, loader, attached, watch, checkpointer, tracker)
 
 
-def _train(
-    trainee: Trainee,
-    loader: PackedLoader,
-    attached: Attached,
-    watch: Watch,
-    watchdog: Watchdog,
-    checkpointer: Checkpointer,
-    tracker: Tracker,
-    run_dir: RunDir,
-) -> Outcome:
+def _train(started: _Started, watchdog: Watchdog, run_dir: RunDir) -> Outcome:
     """`train`, with what was recorded plotted and the tracker closed, however it ends.
 
     For that nobody waits but rank 0, without a watchdog: uploads may take hours.
     """
+    trainee, tracker = started.trainee, started.tracker
     mesh = trainee.mesh
     status: RunStatus = "FAILED"
     failed: NotFiniteError | NotSavedError | None = None
@@ -135,8 +170,8 @@ def _train(
     try:
         progress = ProgressLine(trainee.plan.recipe.train.steps) if mesh.rank == 0 else None
         reporting = Reporting(tracker, progress)
-        with watchdog.watching():
-            outcome = train(trainee, loader, attached, watch, checkpointer, reporting)
+        with watchdog.watching(started.watch.stopping):
+            outcome = train(trainee, started.loader, started.attached, started.watch, started.checkpointer, reporting)
             dist.barrier()  # each process ends hard: none may leave while another still needs it
         status = "KILLED" if outcome.ended_by else "FINISHED"
     except (NotFiniteError, NotSavedError) as error:
@@ -372,6 +407,7 @@ def _stopping(
         step_seconds=[(row["step"], row["step_seconds"]) for row in known[-RECENT_STEPS:]],
         done=loader.start.step,
         cost=step_costs(plan, loader),
+        evaluates=partial(is_due, plan),
         rank=trainee.mesh.rank,
     )
 

@@ -1,12 +1,17 @@
 """Going on: the newest checkpoint that is whole, brought into the engine of whatever mesh this job has."""
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -23,6 +28,8 @@ from pipeline.train.checkpoint import random_file
 from pipeline.train.state import set_random_state
 
 TAIL_LINES = 15
+CONVERTING_SECONDS = 1.0
+"""Between two questions whether a conversion has ended."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,16 @@ def find_resume(plan: JobPlan, run_dir: RunDir, mesh: Mesh) -> Resume | None:
     return None
 
 
-def load(resume: Resume, engine: Any, run_dir: RunDir, mesh: Mesh) -> None:
-    """Weights, moments and random generators as they were. Collective; the engine was made for `resume.universal`."""
+def load(resume: Resume, engine: Any, run_dir: RunDir, mesh: Mesh, *, beat: Callable[[str], None]) -> None:
+    """Weights, moments and random generators as they were. Collective; the engine was made for `resume.universal`.
+
+    `beat` is the rank's sign of life, with what it does.
+    """
     checkpoint = resume.checkpoint
     folder = checkpoint.path
     if resume.universal:
         folder = run_dir.checkpoints / f".universal-{folder.name}"
-        if error := _from_rank_0(_convert(checkpoint.path, folder, mesh)):
+        if error := _convert(checkpoint.path, folder, mesh, beat):
             raise RunError(f"{checkpoint.path} could not be converted for {mesh.world_size} ranks: {error}")
     asked = [{name: value for name, value in group.items() if name != "params"} for group in _groups(engine)]
     loaded, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED_NAME)
@@ -133,16 +143,55 @@ def _checked(path: Path, plan: JobPlan, mesh: Mesh) -> tuple[Checkpoint | None, 
     return checkpoint, next((damage for damage, _ in found if damage is not None), None)
 
 
-def _convert(source: Path, target: Path, mesh: Mesh) -> str | None:
-    """On rank 0: DeepSpeed's own conversion, in a process of its own. Returns what went wrong, or None."""
-    if mesh.rank != 0:
-        return None
-    workers = str(max(1, (os.cpu_count() or 2) // 2))
-    options = ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
-    folders = ["--input_folder", str(source / DEEPSPEED_NAME), "--output_folder", str(target / DEEPSPEED_NAME)]
-    command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *options]
-    print(f"{source.name} was saved by other ranks: converting it for {mesh.world_size}", flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode == 0:
-        return None
-    return "\n".join(["DeepSpeed's conversion failed:", *done.stdout.splitlines()[-TAIL_LINES:]])
+def _convert(source: Path, target: Path, mesh: Mesh, beat: Callable[[str], None]) -> str | None:
+    """DeepSpeed's own conversion, in a process of rank 0's. Collective, again and again: however long it takes, no rank
+    waits for it inside of one collective. Returns what went wrong, or None.
+
+    It is a sign of life when that process, or one that it began, has read or written.
+    """
+    conversion = _Conversion(source, target, ranks=mesh.world_size) if mesh.rank == 0 else None
+    seen = None
+    while True:
+        code, moved, told = _from_rank_0(None if conversion is None else conversion.state())
+        if moved != seen:
+            beat("converting the checkpoint")
+        seen = moved
+        if code is not None:
+            return told if code else None
+
+
+class _Conversion:
+    """The process that converts a checkpoint."""
+
+    def __init__(self, source: Path, target: Path, *, ranks: int) -> None:
+        workers = str(max(1, (os.cpu_count() or 2) // 2))
+        options = ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
+        folders = ["--input_folder", str(source / DEEPSPEED_NAME), "--output_folder", str(target / DEEPSPEED_NAME)]
+        command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *options]
+        print(f"{source.name} was saved by other ranks: converting it for {ranks}", flush=True)
+        self._told = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # inherited: to the job it means no end
+        try:
+            self._process = subprocess.Popen(command, stdout=self._told, stderr=subprocess.STDOUT, text=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def state(self) -> tuple[int | None, int, str]:
+        """Its exit code, None if it still runs after a while; the bytes it has moved; what it told if it failed."""
+        with suppress(subprocess.TimeoutExpired):
+            if self._process.wait(CONVERTING_SECONDS):
+                self._told.seek(0)
+                lines = ["DeepSpeed's conversion failed:", *self._told.read().splitlines()[-TAIL_LINES:]]
+                return self._process.returncode, 0, "\n".join(lines)
+        return self._process.returncode, self._moved_bytes(), ""
+
+    def _moved_bytes(self) -> int:
+        """By it and those it began, as far as they are there and the kernel counts."""
+        pid, moved = self._process.pid, 0
+        with suppress(OSError, psutil.Error, AttributeError):  # psutil has no counters where the kernel has none
+            began = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            for process in [pid, *map(int, began)]:
+                with suppress(psutil.Error):
+                    counters = psutil.Process(process).io_counters()
+                    moved += counters.read_chars + counters.write_chars
+        return moved

@@ -42,12 +42,13 @@ class Stopping:
         step_seconds: Sequence[tuple[int, float]] = (),
         done: int = 0,
         cost: Callable[[int], float] = lambda step: 1.0,
+        evaluates: Callable[[int], bool] = lambda step: False,
         rank: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`save_seconds` tells what a save takes, `step_seconds` what steps, by number, took before this start, which
-        goes on after `done` of them, and `cost` what a step costs beside others, by its documents; without
-        checkpoints, `saves`, no end is worth more than another."""
+        goes on after `done` of them, `cost` what a step costs beside others, by its documents, and `evaluates`
+        whether an evaluation follows it; without checkpoints, `saves`, no end is worth more than another."""
         self._queue = queue
         self._run_dir = run_dir
         self._saves = saves
@@ -57,6 +58,11 @@ class Stopping:
         self._clock = clock
         self._done = done
         self._cost = cost
+        self._evaluates = evaluates
+        self._evaluation_seconds = 0.0
+        """Of the last one."""
+        self._is_to_evaluate = False
+        """Before the next step."""
         self._steps = 0
         self._first: _Step | None = None
         self.cost = cost(done + 1)
@@ -68,8 +74,11 @@ class Stopping:
 
     @property
     def needed_seconds(self) -> float | None:
-        """Of the next step and a save; None before there was a step."""
-        return MARGIN * (self._foreseen + self._save_seconds()) if self._foreseen else None
+        """Of the next step and a save, with an evaluation that comes first; None before there was a step."""
+        if not self._foreseen:
+            return None
+        evaluation = self._evaluation_seconds if self._is_to_evaluate else 0.0
+        return MARGIN * (evaluation + self._foreseen + self._save_seconds())
 
     @property
     def _foreseen(self) -> float:
@@ -113,7 +122,17 @@ class Stopping:
         self._is_under_way = False
         self._steps += 1
         self.cost = self._cost(self._done + self._steps + 1)
-        return max(self._asked(), Request.REQUEUE if self._is_short() else Request.NOTHING)
+        self._is_to_evaluate = self._evaluates(self._done + self._steps)
+        return self._wanted()
+
+    def after_evaluation(self, seconds: float, device: torch.device) -> Request:
+        """What any rank asks for when an evaluation, which took so long, has ended. Collective."""
+        self._evaluation_seconds, self._is_to_evaluate = seconds, False
+        if self._began is not None:
+            self._began += seconds
+        wanted = torch.tensor([self._wanted()], dtype=torch.float64, device=device)
+        dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        return Request(int(wanted[0]))
 
     def saved(self) -> None:
         """What the switch file `save` asked for is done."""
@@ -144,6 +163,9 @@ class Stopping:
     def got_on(self) -> bool:
         """A step has ended since this start, so that another start gets further."""
         return self._steps > 0
+
+    def _wanted(self) -> Request:
+        return max(self._asked(), Request.REQUEUE if self._is_short() else Request.NOTHING)
 
     def _asked(self) -> Request:
         found = Request.REQUEUE if self._saves and self._queue.asked_to_requeue() else Request.NOTHING

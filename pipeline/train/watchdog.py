@@ -3,6 +3,7 @@
 A rank alone cannot know that it waits for another that will never come. So each writes down how far it is, beside the
 others; when none has moved for as long as the plan allows, every rank that still can writes its stacks into the run
 folder, names those that are behind, and leaves; Slurm ends the rest and the batch script requeues the job.
+Before the first step a rank that reads or writes files is no stalled one: weights and checkpoints may take any time.
 """
 
 import faulthandler
@@ -26,7 +27,7 @@ from pipeline.plan.patience import Patience
 from pipeline.plan.queue import Queue
 from pipeline.plan.run_dir import RunDir
 from pipeline.train.heartbeat import Heartbeat
-from pipeline.train.stopping import Stopping
+from pipeline.train.stopping import LEAVE_SECONDS, Stopping
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Its handler, in C, writes the stacks of a process whose Python does not run any more."""
@@ -40,6 +41,12 @@ DUMP_SECONDS = 5.0
 """For the other ranks to find the stall too and to write their stacks."""
 
 PY_SPY_SECONDS = 60
+
+MOVED_BYTES = 2**20
+"""Between two looks: more than the ranks of a large job ask of rank 0's store meanwhile."""
+
+FAULT_BYTES = 64 * 2**10
+"""Mapped around a page that was not in memory: not every file system counts what it reads for that."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,10 @@ class Sign:
 class Watchdog:
     """Of one rank; it looks while `watching`."""
 
-    def __init__(
-        self, heartbeat: Heartbeat, patience: Patience, stopping: Stopping, queue: Queue, run_dir: RunDir, *, rank: int
-    ) -> None:
+    def __init__(self, heartbeat: Heartbeat, patience: Patience, queue: Queue, run_dir: RunDir, *, rank: int) -> None:
         self._heartbeat = heartbeat
         self._patience = patience
-        self._stopping = stopping
+        self._stopping: Stopping | None = None
         self._queue = queue
         self._folder = run_dir.heartbeats
         job, restart = os.environ.get("SLURM_JOB_ID", "local"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -81,11 +86,14 @@ class Watchdog:
         self._rank = rank
         self._ended = threading.Event()
         self._wrote = 0.0
+        self._moved_bytes = 0
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Looks for as long as the block lasts."""
-        self._heartbeat.beat("start")
+    def watching(self, stopping: Stopping | None = None) -> Iterator[None]:
+        """Looks for as long as the block lasts: at the steps that `stopping` knows, or at what comes before them."""
+        self._stopping = stopping
+        self._ended.clear()
+        self._heartbeat.beat("start" if stopping is None else "first step")
         self._write()
         faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
         thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
@@ -101,7 +109,7 @@ class Watchdog:
         has_failed = False
         while not self._ended.wait(LOOK_SECONDS):
             try:
-                if self._stopping.is_in_vain():
+                if self._is_in_vain():
                     self._leave_in_vain()
                 if self._patience.looks:
                     self._look_for_a_stall()
@@ -110,13 +118,21 @@ class Watchdog:
                     traceback.print_exc()
                 has_failed = True
 
+    def _is_in_vain(self) -> bool:
+        if self._stopping is not None:
+            return self._stopping.is_in_vain()
+        left = self._queue.seconds_left()
+        return self._queue.terminated() or (left is not None and left < LEAVE_SECONDS)
+
     def _leave_in_vain(self) -> None:
-        again = self._stopping.got_on or self._queue.terminated()
+        again = self._queue.terminated() or (self._stopping is not None and self._stopping.got_on)
+        what = "start" if self._stopping is None else "step under way"
         more = "" if again else ", as was every one in this job's time; raise train.time in the cluster's profile"
-        self._queue.leave(f"the step under way could not end before the job does, and is lost{more}", again)
+        self._queue.leave(f"the {what} could not end before the job does, and is lost{more}", again)
 
     def _look_for_a_stall(self) -> None:
-        allowed = self._patience.seconds(self._stopping.longest_seconds, cost=self._stopping.cost)
+        allowed = self._allowed_seconds()
+        self._note_bytes()
         if time.monotonic() - self._wrote >= _write_seconds(allowed):
             self._write()
         if self._silent_seconds() <= allowed:
@@ -125,11 +141,23 @@ class Watchdog:
         if all(sign.silent_seconds + sign.age_seconds > allowed for sign in self._signs()):
             self._end_the_stall(allowed)
 
+    def _allowed_seconds(self) -> float:
+        if self._stopping is None:
+            return self._patience.starting_seconds
+        return self._patience.seconds(self._stopping.longest_seconds, cost=self._stopping.cost)
+
+    def _note_bytes(self) -> None:
+        """Before the first step it is a sign of life to read or write files: weights, a checkpoint, packed data."""
+        before, self._moved_bytes = self._moved_bytes, _moved_bytes()
+        if self._stopping is None and self._moved_bytes - before > MOVED_BYTES:
+            self._heartbeat.alive()
+
     def _end_the_stall(self, allowed: float) -> None:
-        beats = self._heartbeat.beats
+        silent_since = self._heartbeat.at
         self._dump()
         self._ended.wait(DUMP_SECONDS)
-        if self._heartbeat.beats != beats or self._ended.is_set():
+        self._note_bytes()
+        if self._heartbeat.at != silent_since or self._ended.is_set():
             return  # it went on
         self._write()
         signs = self._signs()
@@ -194,9 +222,29 @@ def _behind(signs: list[Sign], *, silent_seconds: float) -> list[Sign]:
     return [sign for sign in signs if sign.beats == min(sign.beats for sign in signs)]
 
 
+def _moved_bytes() -> int:
+    """Read and written by this process so far, by calls and through mapped pages, without those of this thread."""
+    faults = _stat_of(os.getpid(), 12)
+    return _counted_bytes(Path("/proc/self/io")) - _counted_bytes(Path("/proc/thread-self/io")) + faults * FAULT_BYTES
+
+
+def _counted_bytes(path: Path) -> int:
+    """0 where the kernel does not count."""
+    try:
+        rows = dict(line.split(": ") for line in path.read_text().splitlines())
+    except OSError:
+        return 0
+    return sum(int(rows[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
+
+
 def _born(pid: int) -> int:
-    """In ticks since the node began: the 22nd field of its stat, of which the 2nd may hold anything in brackets."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    """In ticks since the node began."""
+    return _stat_of(pid, 22)
+
+
+def _stat_of(pid: int, field: int) -> int:
+    """Of a process, by its number in proc(5); the 2nd may hold anything in brackets."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[field - 3])
 
 
 def _dump_another(sign: Sign, path: Path) -> None:
@@ -213,7 +261,11 @@ def _dump_another(sign: Sign, path: Path) -> None:
         os.kill(sign.pid, DUMP_SIGNAL)
         if program := shutil.which("py-spy"):
             command = [program, "dump", "--nonblocking", "--pid", str(sign.pid)]
-            subprocess.run(command, stdout=file, stderr=file, timeout=PY_SPY_SECONDS, check=False)
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+            try:
+                process.wait(PY_SPY_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()  # nobody waits: one that hangs in the kernel would not die
 
 
 @contextmanager

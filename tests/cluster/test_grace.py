@@ -3,13 +3,13 @@
 import getpass
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.launch.jobs import JOB_SHELL
-from slurm.local_cluster import GRACE_SECONDS, LocalCluster
+from slurm.local_cluster import GRACE_SECONDS, KILL_SECONDS, LocalCluster
 from tests.cluster.drills import BARE, Place, both, frozen, log_of, train_job
 from tests.cluster.user import ROOT, WAIT_SECONDS, User, losses
 
@@ -18,9 +18,11 @@ JOB = """#!/bin/bash
 mkdir -p {folder}/slurm
 source {shell}
 before_tasks {folder} 3
-echo "$ALST_GRACE_SECONDS" > {folder}/told
-srun bash -c 'trap "[ -e {folder}/asked ] || date +%s > {folder}/asked" TERM
-    while :; do date +%s > {folder}/alive; sleep 0.2; done'
+echo "$ALST_GRACE_SECONDS" "$ALST_KILL_SECONDS" > {folder}/told
+srun bash -c 'for signal in TERM USR2; do
+        trap "[ -s {folder}/$signal ] || date +%s > {folder}/$signal" "$signal"
+    done
+    while :; do date +%s >> {folder}/alive; sleep 0.2; done'
 """
 
 ALL_NODES = ["sbatch", "--parsable", "--nodes=4", "--exclusive", "--output=/dev/null"]
@@ -47,21 +49,36 @@ def by_qos(programs) -> Iterator[LocalCluster]:
             cluster.down()
 
 
-def test_a_job_is_told_the_grace_that_its_qos_gives_and_slurm_keeps_to_it(by_qos, tmp_path):
-    def wait(name: str) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not (tmp_path / name).exists() or not (tmp_path / name).read_text().strip():
-            assert time.monotonic() < deadline, f"{name}: {by_qos.ask('squeue')}"
-            time.sleep(0.1)
+def preempted_job(by_qos: LocalCluster, folder: Path, *options: str) -> Callable[[str], int]:
+    """A job of a task that only notes the signals it gets, from its start until it was killed for an urgent one; what
+    it wrote, by name."""
 
-    script = tmp_path / "job.sh"
-    script.write_text(JOB.format(folder=tmp_path, shell=ROOT / JOB_SHELL))
-    by_qos.ask(*ALL_NODES, "--qos=low", "--no-requeue", str(script))
-    wait("alive")
-    assert (tmp_path / "told").read_text() == f"{GRACE_OF_QOS}\n"
+    def written(name: str) -> int:
+        return int((folder / name).read_text().split()[-1])
+
+    script = folder / "job.sh"
+    script.write_text(JOB.format(folder=folder, shell=ROOT / JOB_SHELL))
+    by_qos.ask(*ALL_NODES, "--qos=low", "--no-requeue", *options, str(script))
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (folder / "alive").exists() or not (folder / "alive").read_text().strip():
+        assert time.monotonic() < deadline, by_qos.ask("squeue")
+        time.sleep(0.1)
     by_qos.ask(*URGENT, "--wait", timeout_seconds=WAIT_SECONDS)
-    lived = int((tmp_path / "alive").read_text()) - int((tmp_path / "asked").read_text())
+    return written
+
+
+def test_a_job_is_told_the_grace_that_its_qos_gives_and_slurm_keeps_to_it(by_qos, tmp_path):
+    written = preempted_job(by_qos, tmp_path)
+    assert (tmp_path / "told").read_text() == f"{GRACE_OF_QOS} {KILL_SECONDS}\n"
+    lived = written("alive") - written("TERM")
     assert GRACE_OF_QOS - 2 <= lived < GRACE_SECONDS, "not the partition's, which is longer"
+
+
+@pytest.mark.full
+def test_after_a_jobs_own_signal_the_last_one_is_followed_by_the_end(by_qos, tmp_path):
+    written = preempted_job(by_qos, tmp_path, "--time=20", "--signal=USR2@60")
+    assert written("TERM") - written("USR2") >= GRACE_OF_QOS - 2
+    assert KILL_SECONDS - 2 <= written("alive") - written("TERM") < GRACE_OF_QOS
 
 
 @pytest.mark.full

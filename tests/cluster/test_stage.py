@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.launch.deadline import GRACE_SECONDS, JOB_END
+from pipeline.launch.deadline import GRACE_SECONDS, JOB_END, KILL_SECONDS
 from pipeline.launch.slurm import PASSED_ON, PASSED_ON_BY_NAME
 from pipeline.plan.run_dir import RunDir
 from tests.cluster.user import ROOT, WAIT_SECONDS, losses, run_in, told
@@ -32,7 +32,7 @@ tracking: {{mlflow: false}}
 evaluation: {{every_steps: 50, samples: 1}}
 """
 OF_A_SHELL = {"PWD", "OLDPWD", "SHLVL", "_", "HOSTNAME", "TMPDIR", "ENVIRONMENT"}
-OF_THE_BATCH_SCRIPT = {JOB_END, GRACE_SECONDS}
+OF_THE_BATCH_SCRIPT = {JOB_END, GRACE_SECONDS, KILL_SECONDS}
 OF_THE_CLUSTER = {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"}
 
 pytestmark = pytest.mark.timeout(4 * WAIT_SECONDS)

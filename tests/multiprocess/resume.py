@@ -74,9 +74,11 @@ def start(case: Case, mesh: Mesh, weights: Path, run_dir: RunDir) -> Job:
     if mesh.rank == 0 and resume is None:
         run_dir.path.mkdir(parents=True)
         run_dir.write_plan(plan)
+    heartbeat = Heartbeat()
     if resume is not None:
-        load(resume, engine, run_dir, mesh)
-    checkpointer = Checkpointer(trainee, run_dir, commit="test", beat=Heartbeat().beat)
+        load(resume, engine, run_dir, mesh, beat=heartbeat.beat)
+        assert (heartbeat.beats > 1) is resume.universal, "a conversion is seen to get on, on every rank"
+    checkpointer = Checkpointer(trainee, run_dir, commit="test", beat=heartbeat.beat)
     return Job(trainee, checkpointer, Cursor() if resume is None else resume.cursor)
 
 

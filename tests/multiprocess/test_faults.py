@@ -3,6 +3,7 @@ message says what happened, and the next start goes on by itself to the very los
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,22 @@ def test_a_save_in_which_the_disk_does_not_answer_is_a_stall(runs, recipe):
     printed = alst("train", recipe, *SHORT_OF_THE_SAVE, runs=runs, fault="hangs 1 2", code=1)
     assert "stalled: no rank got on for" in printed
     assert ", save, " in printed, "what the ranks stand at"
+
+
+SHORT_OF_THE_START = "train.stall_seconds=10"
+"""Four times that is a stall before the first step has ended, where nothing is read; a start that reads lasts 60."""
+
+
+def test_a_rank_that_hangs_before_the_first_step_is_named(runs, recipe):
+    printed = alst("train", recipe, SHORT_OF_THE_START, runs=runs, fault="attaches-hanging 1 0", code=1)
+    assert re.search(
+        r"no rank got on for \d+ s; rank 1 \(process \d+ on \S+\) stands at step 0, loading the m", printed
+    )
+
+
+def test_a_start_that_outlasts_the_patience_is_no_stall_while_it_reads(runs, recipe, peaceful):
+    alst("train", recipe, SHORT_OF_THE_START, runs=runs, fault="loads-slowly 1 0")
+    assert losses(only_run(runs)) == losses(peaceful)
 
 
 def test_a_checkpoint_is_not_begun_where_there_is_no_room_for_it(small_disk, recipe, peaceful):

@@ -76,11 +76,18 @@ def test_the_disk_that_the_plan_keeps_layers_on_must_have_room_for_them(tmp_path
     ],
 )
 def test_gpus_are_counted_and_their_errors_read(tmp_path, monkeypatch, said, code, expected):
-    """By what nvidia-smi prints, from a program of its name: there is no GPU here."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+    assert of_gpus(f"echo '{said}'\nexit {code}", tmp_path, monkeypatch) == expected
+
+
+def test_a_driver_that_does_not_answer_makes_a_node_unfit(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_gate, "ANSWER_SECONDS", 1)
+    assert of_gpus("sleep 600 & exec sleep 600", tmp_path, monkeypatch) == "nvidia-smi does not answer in 1 s"
+
+
+def of_gpus(script: str, folder: Path, monkeypatch) -> str | None:
+    """What is found by a program of nvidia-smi's name: there is no GPU here."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    plan = planned("hardware.gpus_per_node=2", "data.seq_len=65536", recipe="llama8b")
-    assert node_gate._gpus(plan) == expected
-    assert Path(program).exists()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return node_gate._gpus(planned("hardware.gpus_per_node=2", "data.seq_len=65536", recipe="llama8b"))

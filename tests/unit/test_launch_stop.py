@@ -4,6 +4,7 @@ Slurm's commands are shell functions here, which answer what a case needs; tests
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ assert stop.asked()
 assert stop.terminated_at() is None
 """
 
+ASKED = """
+import os, sys, time
+from pipeline.launch import deadline, stop
+stop.listen()
+for number in sys.argv[1:]:
+    os.kill(os.getpid(), int(number))
+    time.sleep(0.1)
+print(deadline.seconds_left())
+"""
+
 WHILE_PYTHON_DOES_NOT_RUN = """
 import ctypes, os, signal, threading
 from pipeline.launch import stop
@@ -35,6 +46,14 @@ mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_l
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
 threading.Timer(1.0, lambda: os._exit(0 if stop.terminated_at() is not None else 1)).start()
 lock(mutex), lock(mutex)  # in C for ever, as when it waits for a GPU: no signal wakes it
+"""
+
+LEAVES = """
+import sys
+from pathlib import Path
+from pipeline.launch import entry
+from pipeline.plan.run_dir import RunDir
+entry._leave(RunDir(Path(sys.argv[1])), "stalled", True)
 """
 
 SLURM = """
@@ -46,7 +65,9 @@ scontrol() {{
     case "$*" in
     requeue*) echo "scontrol $*"; if silent && [ ! -e asked ]; then touch asked; return 1; fi ;;
     "show partition"*) echo "   MaxTime=UNLIMITED GraceTime={partition_grace} Hidden=NO" ;;
-    "show config") printf '%s\\n' "KillWait                = 30 sec" "PreemptType             = {preempt_type}" ;;
+    "show config")
+        printf '%s\\n' "KillWait                = 30 sec" "PreemptType             = {preempt_type}" \\
+            "SlurmctldParameters     = {controller}" ;;
     "show job"*)
         printf '   %s\\n' StartTime=2026-01-01T00:00:00 PreemptTime={preempted} "ReqNodeList=(null) ExcNodeList=n9" ;;
     "show node n4"*) echo "NodeName=n4 State=DOWN+DRAIN BootTime=2020-01-01T00:00:00" ;;
@@ -62,7 +83,7 @@ scontrol() {{
 
 CLUSTER = {
     "state": "RUNNING", "preempted": "None", "preempt_type": "preempt/partition_prio",
-    "partition_grace": "15", "qos_grace": "00:00:00",
+    "partition_grace": "15", "qos_grace": "00:00:00", "controller": "(null)",
 }  # fmt: skip
 
 
@@ -247,9 +268,43 @@ def test_nodes_that_are_unfit_together_are_not_excluded_and_the_job_fails(run_di
     assert ("alst: unfit; 2 nodes of this start are not fit" in errors) is not comes_back
 
 
+def test_a_process_that_leaves_marks_it_though_a_full_disk_takes_none_of_its_words(run_dir):
+    (run_dir.path / "failures.jsonl").symlink_to("/dev/full")
+    variables = {"SLURM_JOB_ID": "7", "ALST_LOGS": str(run_dir.path), "RANK": "0"}
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", LEAVES, str(run_dir.path)]
+        left = subprocess.run(command, env=os.environ | variables, stderr=full, timeout=60, check=False)
+    assert left.returncode == stop.LEFT
+    assert run_dir.requeue_mark("7").read_text() == "stalled\n"
+
+
+def test_a_mark_whose_words_a_full_disk_did_not_take_is_one(run_dir):
+    assert run_job(run_dir, f": > '{run_dir.requeue_mark('7')}'")[::2] == (0, ["scontrol requeue 7"])
+    assert run_dir.requeues.read_text().endswith(": its last words were lost, the disk may be full\n")
+
+
 def test_tasks_are_told_until_when_they_may_run(run_dir):
-    code, _, told = run_job(run_dir, 'echo "$ALST_JOB_END $ALST_GRACE_SECONDS"')
-    assert (code, told) == (0, ["1767225600 15"])
+    ask = 'echo "$ALST_JOB_END $ALST_GRACE_SECONDS $ALST_KILL_SECONDS"'
+    assert run_job(run_dir, ask)[::2] == (0, ["1767225600 15 15"])
+    by_its_own_signal = run_job(run_dir, ask, controller="idle_on_node_suspend,preempt_send_user_signal")
+    assert by_its_own_signal[::2] == (0, ["1767225600 15 30"])
+
+
+@pytest.mark.parametrize(
+    ("signals", "seconds"),
+    [
+        ([signal.SIGUSR2], None),
+        ([signal.SIGTERM], 300),
+        ([signal.SIGUSR2, signal.SIGTERM], 30),  # the grace began with the first
+        ([signal.SIGTERM, signal.SIGUSR2], 300),
+    ],
+)
+def test_a_process_knows_when_slurm_will_kill_it(signals, seconds):
+    variables = {"ALST_GRACE_SECONDS": "300", "ALST_KILL_SECONDS": "30", "ALST_JOB_END": ""}
+    command = [sys.executable, "-c", ASKED, *(str(int(number)) for number in signals)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=True)
+    left = done.stdout.splitlines()[-1]
+    assert left == "None" if seconds is None else seconds - 25 < float(left) <= seconds
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_a_short_step_is_given_the_time_that_a_file_server_may_take():
 def test_the_recipe_may_say_how_long_or_that_nobody_looks():
     told = patience_of(planned("tiny", "train.stall_seconds=20"))
     assert (told.seconds(None), told.seconds(1000.0)) == (80, 20)
+    assert told.starting_seconds == LEAST_SECONDS, "a start has more to do that nothing is heard of"
     assert told.collective_seconds(1000.0) == 40 + 120, "however short a stall is, its stacks take their time"
     never = patience_of(planned("tiny", "train.stall_seconds=null"))
     assert not never.looks

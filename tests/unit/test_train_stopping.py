@@ -25,6 +25,7 @@ class Job:
         saves: bool = True,
         before: tuple[float, ...] = (),
         costs: Sequence[float] = (),
+        evaluates_every: int = 1000,
     ):
         self.now, self.asked, self.terminated, self.ends_at = 0.0, False, False, ends_at
         self.queue = Queue(
@@ -37,6 +38,7 @@ class Job:
             self.queue, self.run_dir, saves=saves, save_seconds=lambda: 10.0, rank=0, clock=lambda: self.now,
             step_seconds=list(enumerate(before, start=1)), done=len(before),
             cost=lambda step: costs[step - 1] if costs else 1.0,
+            evaluates=lambda step: step % evaluates_every == 0,
         )  # fmt: skip
 
     def steps(self, *seconds: float) -> list[Request]:
@@ -46,6 +48,10 @@ class Job:
             self.now += one
             found.append(self.stopping.after_step())
         return found
+
+    def evaluates(self, seconds: float) -> Request:
+        self.now += seconds
+        return self.stopping.after_evaluation(seconds, CPU)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -184,3 +190,34 @@ def test_shortly_before_the_end_every_process_leaves(tmp_path):
     job.now += 2
     assert job.stopping.is_in_vain()
     assert not job.stopping.got_on
+
+
+def test_what_is_asked_for_during_an_evaluation_is_done_after_it(tmp_path):
+    job = Job(tmp_path, evaluates_every=2)
+    job.stopping.at_start(CPU)
+    assert job.steps(10, 10) == [Request.NOTHING] * 2
+    assert job.evaluates(30) is Request.NOTHING
+    assert job.steps(10, 10) == [Request.NOTHING] * 2
+    job.asked = True
+    assert job.evaluates(30) is Request.REQUEUE
+
+
+def test_an_evaluation_that_leaves_no_time_for_a_step_is_followed_by_the_end(tmp_path):
+    job = Job(tmp_path, ends_at=1000.0, evaluates_every=2)
+    job.stopping.at_start(CPU)
+    assert job.steps(100, 100) == [Request.NOTHING] * 2
+    assert job.evaluates(600) is Request.NOTHING, "200 s are left, 4/3 of 110 are needed"
+    assert job.stopping.needed_seconds == MARGIN * 110, "an evaluation is no part of a step"
+    job = Job(tmp_path, ends_at=940.0, evaluates_every=2)
+    job.stopping.at_start(CPU)
+    assert job.steps(100, 100) == [Request.NOTHING] * 2
+    assert job.evaluates(600) is Request.REQUEUE
+
+
+def test_no_evaluation_is_begun_that_could_not_end_with_a_step_and_a_save(tmp_path):
+    job = Job(tmp_path, ends_at=1000.0, evaluates_every=2)
+    job.stopping.at_start(CPU)
+    job.steps(100, 100)
+    job.evaluates(200)
+    assert job.steps(100) == [Request.NOTHING], "500 s are left"
+    assert job.steps(100) == [Request.REQUEUE], "400 s are left, 4/3 of 310 are needed"

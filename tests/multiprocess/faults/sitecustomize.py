@@ -15,6 +15,7 @@ from types import ModuleType
 
 WHERE, RANK, STEP = (os.environ.get("ALST_TEST_FAULT") or "nowhere 0 0").split()
 SLOW_SECONDS = 30.0
+READING_SECONDS = 60.0
 BALLAST = Path(os.environ.get("ALST_RUNS", ".")) / "ballast"
 now = {"step": 0}
 
@@ -104,7 +105,28 @@ def on_a_disk_that_hangs(write_state):
     return wrapped
 
 
-def in_no_time(seconds):
+def hangs(attach_features):
+    def wrapped(*args, **kwargs):
+        time.sleep(3600)
+
+    return wrapped
+
+
+def from_a_slow_disk(build_model):
+    """Reads for READING_SECONDS first."""
+
+    def wrapped(*args, **kwargs):
+        weights, ends = Path(os.environ["ALST_RUNS"]) / "weights", time.monotonic() + READING_SECONDS
+        weights.write_bytes(bytes(2**22))
+        while time.monotonic() < ends:
+            weights.read_bytes()
+            time.sleep(0.2)
+        return build_model(*args, **kwargs)
+
+    return wrapped
+
+
+def at_once(seconds):
     return 0.0
 
 
@@ -119,14 +141,19 @@ def before_the_name(write_record):
 
 IN_A_WRITE = {"save": in_write, "full": on_a_full_disk, "slow": on_a_slow_disk, "hangs": on_a_disk_that_hangs}
 
+IN_A_START = ("attaches-hanging", "loads-slowly")
+
 WRAPPED = {
+    "pipeline.model.build": ("build_model", from_a_slow_disk, "loads-slowly"),
+    "pipeline.memory.apply": ("attach_features", hangs, "attaches-hanging"),
     "pipeline.train.loop": ("learning_rate", counted, None),
     "pipeline.memory.tiled_loss": ("tiled_loss", in_forward, "forward"),
     "pipeline.train.checkpoint_writer": ("write_state", IN_A_WRITE.get(WHERE), WHERE if WHERE in IN_A_WRITE else ""),
     "pipeline.plan.checkpoint_dir": ("write_record", before_the_name, "name"),
 }
-ON_ALL_RANKS = {"pipeline.plan.patience": ("LEAVING_SECONDS", in_no_time, "slow")}
-"""So that collectives give up soon after a stall would have been found."""
+# What is found soon: a stall in a start that does nothing; or, after any stall, by collectives that they wait in vain.
+SHORTENED = "LEAST_SECONDS" if WHERE in IN_A_START else "LEAVING_SECONDS"
+ON_ALL_RANKS = {"pipeline.plan.patience": (SHORTENED, at_once, WHERE if WHERE in (*IN_A_START, "slow") else "")}
 
 
 class Wrapping(Loader):
