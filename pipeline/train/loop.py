@@ -119,9 +119,7 @@ def train(
         watch.guard.check(batch, result)
         peaks = result.peak_host_rss_bytes
         record = replace(recorder.record(batch, result, rate), loss_spike=watch.spikes.saw(result.loss))
-        request = result.request
-        if not _stop(request) and is_due(trainee.plan, batch.step + 1):  # whoever has to go needs the time for the save
-            record, request = _evaluated(record, request, trainee, watch, recorder)
+        record, request = _evaluated(record, result.request, trainee, watch, recorder)
         reporting.step(record)
         if batch.step + 1 < trainee.plan.recipe.train.steps:
             ended_by = _stop(request)
@@ -169,8 +167,9 @@ def _inputs(batch: Batch, trainee: Trainee, loader: PackedLoader, losses: TokenL
 def _evaluated(
     record: StepRecord, request: Request, trainee: Trainee, watch: Watch, recorder: Recorder
 ) -> tuple[StepRecord, Request]:
-    """The record with the held-out loss, and what is asked for by now."""
-    assert watch.held_out is not None, "opened wherever the recipe evaluates"
+    """The record with the held-out loss, if it is due, and what is asked for by now."""
+    if _stop(request) or watch.held_out is None or not is_due(trainee.plan, record.step):
+        return record, request  # whoever has to go needs the time for the save
     evaluation = evaluate(trainee, watch.held_out)
     recorder.eta.evaluated(evaluation.seconds)
     eta = recorder.eta_seconds(record.step)
